@@ -1,0 +1,1 @@
+//! Load loops and machine limits for isthmus bench.

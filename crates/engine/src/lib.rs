@@ -1,0 +1,1 @@
+//! Turns the crank: lanes, connections, the attachment to a broker.

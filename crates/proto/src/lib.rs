@@ -1,0 +1,1 @@
+//! The rules: pure state machines, no I/O, no clock.

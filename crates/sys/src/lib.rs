@@ -1,0 +1,1 @@
+//! Linux, one call per function.
