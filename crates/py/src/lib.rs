@@ -1,1 +1,32 @@
-//! The Python extension module isthmus._native.
+//! The Python extension module `isthmus._native`: convert, call, convert back.
+//!
+//! The only crate that knows Python exists. A method here with an `if` about a protocol belongs a
+//! crate further down.
+
+mod control;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+mod _native {
+    #[pymodule_export]
+    use super::control::{control_decode, control_encode, parse_address, check_name};
+
+    #[pymodule_export]
+    const CONTROL_VERSION: u8 = isthmus_wire::control::VERSION;
+    #[pymodule_export]
+    const CONTROL_MESSAGE_MAX: usize = isthmus_wire::control::MESSAGE_MAX;
+    #[pymodule_export]
+    const CONTROL_TEXT_MAX: usize = isthmus_wire::control::TEXT_MAX;
+    #[pymodule_export]
+    const CONTROL_DESCRIPTORS_MAX: usize = isthmus_wire::control::DESCRIPTORS_MAX;
+    #[pymodule_export]
+    const ANYBODY: u32 = isthmus_wire::control::ANYBODY;
+
+    use super::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::control::add_lists(module)
+    }
+}

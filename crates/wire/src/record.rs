@@ -1,0 +1,159 @@
+//! What lies in a ring: records of a 16-byte header and a payload.
+//!
+//! A header never wraps and neither does a payload: records begin at multiples of [`ALIGN`] and a
+//! record that would pass the end of the ring starts at its beginning instead (a [`Kind::Skip`]
+//! covers the gap). The first header word, the *commit*, is written last and equals the lane's
+//! secret plus the record's position, so bytes that lay there before (of whatever origin) are
+//! never taken for a record.
+//!
+//! Format: docs/formats/lane.md. Golden bytes: vectors/record.txt.
+
+/// Records begin at multiples of this: one cache line.
+pub const ALIGN: usize = 64;
+/// Commit (8), length (4), kind (1), flags (1), reserved (2).
+pub const HEADER: usize = 16;
+/// Payloads longer than this begin on the next cache line, where wide copies are fastest.
+pub const INLINE_MAX: usize = 1024;
+/// Behind the payload of a record whose carrier cannot order header after payload.
+pub const TRAILER: usize = 8;
+
+/// What a record is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// A piece of a byte stream.
+    Stream = 1,
+    /// One whole message.
+    Message = 2,
+    /// Nothing: the next record is at the beginning of the ring.
+    Skip = 3,
+    /// Nothing: the next record is at the beginning of the large ring.
+    Grow = 4,
+}
+
+impl Kind {
+    pub const ALL: [Self; 4] = [Self::Stream, Self::Message, Self::Skip, Self::Grow];
+
+    #[must_use]
+    pub fn from_wire(value: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u8 == value)
+    }
+}
+
+/// The second header word; the first is the commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    pub kind: Kind,
+    /// The payload is complete only when the trailer behind it is there.
+    pub trailer: bool,
+    /// Payload bytes.
+    pub len: u32,
+}
+
+/// A second header word that cannot be: the sender is broken or hostile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeaderFault {
+    Kind(u8),
+    Reserved(u32),
+    Length { len: u32, limit: u32 },
+}
+
+impl core::fmt::Display for HeaderFault {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Kind(kind) => write!(f, "record.kind: {kind} is not known"),
+            Self::Reserved(bits) => write!(f, "record.flags: reserved bits {bits:#x} are set"),
+            Self::Length { len, limit } => write!(f, "record.len: {len} is more than {limit}"),
+        }
+    }
+}
+
+impl Header {
+    /// Never panics. `limit` is the room between the header and the end of the ring, in bytes.
+    ///
+    /// # Errors
+    /// The header cannot be true; see [`HeaderFault`].
+    pub fn decode(word: u64, limit: usize) -> Result<Self, HeaderFault> {
+        let [l0, l1, l2, l3, kind, flags, r0, r1] = word.to_le_bytes();
+        let len = u32::from_le_bytes([l0, l1, l2, l3]);
+        let reserved = u32::from_le_bytes([flags & !1, r0, r1, 0]);
+        if reserved != 0 {
+            return Err(HeaderFault::Reserved(reserved));
+        }
+        let kind = Kind::from_wire(kind).ok_or(HeaderFault::Kind(kind))?;
+        let header = Self { kind, trailer: flags & 1 != 0, len };
+        if header.footprint() > limit {
+            return Err(HeaderFault::Length { len, limit: u32::try_from(limit).unwrap_or(u32::MAX) });
+        }
+        Ok(header)
+    }
+
+    /// The inverse of [`Header::decode`].
+    #[must_use]
+    pub fn encode(self) -> u64 {
+        let Self { kind, trailer, len } = self;
+        let [l0, l1, l2, l3] = len.to_le_bytes();
+        u64::from_le_bytes([l0, l1, l2, l3, kind as u8, u8::from(trailer), 0, 0])
+    }
+
+    /// Where the payload begins, from the beginning of the record.
+    #[must_use]
+    pub fn payload_at(self) -> usize {
+        payload_at(self.len as usize)
+    }
+
+    /// Bytes of ring the record takes, a multiple of [`ALIGN`].
+    #[must_use]
+    pub fn footprint(self) -> usize {
+        footprint(self.len as usize, self.trailer)
+    }
+}
+
+/// Where a payload of `len` bytes begins in its record.
+#[must_use]
+pub fn payload_at(len: usize) -> usize {
+    if len <= INLINE_MAX { HEADER } else { ALIGN }
+}
+
+/// Bytes of ring that a record with a payload of `len` bytes takes, a multiple of [`ALIGN`].
+#[must_use]
+pub fn footprint(len: usize, trailer: bool) -> usize {
+    let end = payload_at(len).saturating_add(len).saturating_add(if trailer { TRAILER } else { 0 });
+    end.saturating_add(ALIGN - 1) & !(ALIGN - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_decodes_encodes_to_the_same_word(word: u64, limit in 0usize..1 << 21) {
+            if let Ok(header) = Header::decode(word, limit) {
+                prop_assert_eq!(header.encode(), word);
+                prop_assert!(header.footprint() <= limit);
+                prop_assert!(header.payload_at() + header.len as usize <= header.footprint());
+            }
+        }
+    }
+
+    #[test]
+    fn a_length_that_passes_the_end_of_the_ring_is_refused() {
+        let word = Header { kind: Kind::Stream, trailer: false, len: u32::MAX }.encode();
+        assert!(matches!(Header::decode(word, 1 << 21), Err(HeaderFault::Length { .. })));
+        let word = Header { kind: Kind::Stream, trailer: false, len: 49 }.encode();
+        assert!(matches!(Header::decode(word, 64), Err(HeaderFault::Length { .. })));
+        let word = Header { kind: Kind::Stream, trailer: false, len: 48 }.encode();
+        assert!(Header::decode(word, 64).is_ok());
+    }
+
+    #[test]
+    fn reserved_bits_and_unknown_kinds_are_refused() {
+        let good = Header { kind: Kind::Message, trailer: true, len: 8 }.encode();
+        assert!(Header::decode(good, 4096).is_ok());
+        assert!(matches!(Header::decode(good | 1 << 41, 4096), Err(HeaderFault::Reserved(_))));
+        assert!(matches!(Header::decode(good | 1 << 63, 4096), Err(HeaderFault::Reserved(_))));
+        assert!(matches!(Header::decode(good | 0xf0 << 32, 4096), Err(HeaderFault::Kind(_))));
+    }
+}
