@@ -59,7 +59,7 @@ wish() {
 linker() { have cc; }
 
 # The first Python that is new enough and can make virtual environments. Shims that lead nowhere fail the trial.
-python() {
+find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3 python3.{14,13,12,11,10}; do
         if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -110,7 +110,7 @@ ensure_venv() {
     wanted=$(printf '%s\n' "$root" | cat - requirements-dev.txt | sha256sum)
     if [ "$(cat "$requirements_stamp" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then return; fi
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 || ! grep -qsF "$root" "$venv/bin/activate"; then
-        need python python3 python3-venv
+        need find_python python3 python3-venv
         say "making .venv with $found_python"
         rm -rf "$venv"
         "$found_python" -m venv "$venv"
@@ -130,11 +130,13 @@ build_is_current() {
 build() {
     build_is_current && return
     say "building the extension module"
+    # No --extras: requirements-dev.txt has them already, and maturin would ask the package index for the extra
+    # that names this package itself.
     # The stamp carries the time before the build, so that what is edited during it is built next time.
     local started=$build_stamp.started
     touch "$started"
     env -u CONDA_PREFIX VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH" \
-        "$venv/bin/maturin" --quiet develop --release --extras cli,bench >&2
+        "$venv/bin/maturin" develop --quiet --release >&2
     mv "$started" "$build_stamp"
 }
 
@@ -144,7 +146,7 @@ case ${1:-} in
 esac
 
 # One at a time per checkout: two `make` side by side would build the same .venv.
-have flock || need have_flock util-linux
+have flock || die "install util-linux first: flock is missing"
 exec 9<"$self"
 flock 9
 
