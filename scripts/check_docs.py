@@ -1,0 +1,187 @@
+"""Run the code blocks of README.md and docs/, because an example that does not run is fiction.
+
+    python scripts/check_docs.py [PAGE ...]        every page when none is named
+
+A block runs when its fence says ``python`` or ``sh``::
+
+    ```python              runs; the python blocks of one page share their names
+    ```sh                  runs in its own `bash -euo pipefail`
+    ```sh no-run           is only shown
+
+The blocks of one page run top to bottom, in a process of their own, in an empty directory that is removed
+afterwards. They may leave nothing running. The first block that fails ends the page, and a Python traceback
+shows the page's own line numbers. A block that would be passed over because of a typing mistake (an unclosed
+fence, ``bash`` instead of ``sh``) is a fault too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Longest that one page may take.
+PAGE_TIMEOUT_S = 100
+
+LANGUAGES = ("python", "sh")
+NO_RUN = "no-run"
+#: Names for the same two languages that would make a block look checked when it is not.
+MISSPELT = {"bash": "sh", "shell": "sh", "zsh": "sh", "py": "python", "python3": "python", "pycon": "python"}
+
+FENCE = re.compile(r"(?P<indent> *)(?P<mark>`{3,}|~{3,})(?P<info>.*)")
+
+
+class PageFault(Exception):
+    """A page cannot be read, or one of its blocks failed. The message names the page and the line."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block that is to run."""
+
+    language: str
+    code: str
+    #: Line of the page on which `code` begins, counted from 1.
+    line: int
+
+
+@contextmanager
+def environment() -> Iterator[dict[str, str]]:
+    """Give the environment variables that the blocks of one page run with.
+
+    This is the hook for what every example may assume to be there. It is entered before the first block of
+    a page and left after the last, so what it starts lives as long as one page. At present it only puts the
+    commands of this Python's environment, `isthmus` above all, at the front of ``PATH``. An example that
+    speaks to a broker finds the door of a running one in ``ISTHMUS_DOOR``: starting that broker belongs
+    before the ``yield``, stopping it after.
+    """
+    variables = dict(os.environ)
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
+    yield variables
+
+
+def pages() -> list[Path]:
+    """Return the pages whose blocks run: the README and everything under docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the blocks of `page` that are to run, top to bottom.
+
+    Raises
+    ------
+    PageFault
+        A fence is not closed, or names a language in a way that would keep its block from running unnoticed.
+    """
+    found: list[Block] = []
+    opened: re.Match[str] | None = None
+    opened_at = 0
+    body: list[str] = []
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        fence = FENCE.fullmatch(line)
+        if opened is None:
+            # A backquote in the info string makes it inline code (CommonMark, 4.5).
+            if fence and not (fence["mark"][0] == "`" and "`" in fence["info"]):
+                opened, opened_at, body = fence, number, []
+        elif fence and fence["mark"].startswith(opened["mark"]) and not fence["info"].strip():
+            language, *flags = opened["info"].split() or [""]
+            where = f"{_shown(page)}:{opened_at}"
+            if language in MISSPELT:
+                raise PageFault(f"{where}: write {MISSPELT[language]!r}, not {language!r}; then it runs")
+            if language in LANGUAGES:
+                if unknown := sorted(set(flags) - {NO_RUN}):
+                    raise PageFault(f"{where}: {unknown[0]!r} is not a flag; the only one is {NO_RUN!r}")
+                if NO_RUN not in flags:
+                    found.append(Block(language, "\n".join(body) + "\n", opened_at + 1))
+            opened = None
+        else:
+            # Inside a list the whole block is indented as its fence is.
+            body.append(line.removeprefix(opened["indent"]))
+    if opened is not None:
+        raise PageFault(f"{_shown(page)}:{opened_at}: this block is never closed")
+    return found
+
+
+def run_page(page: Path) -> int:
+    """Run the blocks of `page` and return how many there were.
+
+    Raises
+    ------
+    PageFault
+        The page could not be read, a block failed, or the page took longer than `PAGE_TIMEOUT_S`. The message
+        ends with everything the page printed.
+    """
+    page = page.resolve()
+    count = len(blocks(page))
+    if not count:
+        return 0
+    with environment() as variables, tempfile.TemporaryDirectory(prefix="isthmus-docs-") as directory:
+        command = [sys.executable, __file__, "--inside", str(page)]
+        with subprocess.Popen(
+            command,
+            cwd=directory,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=PAGE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                # The whole session: what a block left running holds the output open, and would outlive us.
+                os.killpg(process.pid, signal.SIGKILL)
+                said, _ = process.communicate()
+                raise PageFault(f"{_shown(page)}: not done after {PAGE_TIMEOUT_S} s\n{said}") from None
+    if process.returncode != 0:
+        raise PageFault(f"{_shown(page)}: a block failed\n{said}")
+    return count
+
+
+def _inside(page: Path) -> None:
+    """Run the blocks in this very process; `run_page` made it, its directory and its variables."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language == "python":
+            # Empty lines in front, so that a traceback counts lines as the page does.
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+        else:
+            sys.stdout.flush()
+            shell = subprocess.run(["bash", "-euo", "pipefail", "-c", block.code])
+            if shell.returncode != 0:
+                raise SystemExit(f"{_shown(page)}:{block.line}: the sh block ended with {shell.returncode}")
+
+
+def _shown(page: Path) -> str:
+    page = page.resolve()
+    return str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else str(page)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the pages named in `arguments`, or all of them, and report each."""
+    if arguments[:1] == ["--inside"]:
+        _inside(Path(arguments[1]))
+        return 0
+    failed = False
+    for page in [Path(argument) for argument in arguments] or pages():
+        try:
+            print(f"docs: {_shown(page)}: {run_page(page)} blocks ran")
+        except PageFault as fault:
+            failed = True
+            print(f"docs: {fault}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
