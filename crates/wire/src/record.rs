@@ -118,8 +118,22 @@ pub fn payload_at(len: usize) -> usize {
 /// Bytes of ring that a record with a payload of `len` bytes takes, a multiple of [`ALIGN`].
 #[must_use]
 pub fn footprint(len: usize, trailer: bool) -> usize {
-    let end = payload_at(len).saturating_add(len).saturating_add(if trailer { TRAILER } else { 0 });
+    let end = if trailer { trailer_at(len).saturating_add(TRAILER) } else { payload_at(len).saturating_add(len) };
     end.saturating_add(ALIGN - 1) & !(ALIGN - 1)
+}
+
+/// Where the trailer of a payload of `len` bytes lies in its record, a multiple of 8.
+#[must_use]
+pub fn trailer_at(len: usize) -> usize {
+    payload_at(len).saturating_add(len).saturating_add(TRAILER - 1) & !(TRAILER - 1)
+}
+
+/// The longest payload whose record fits `room` bytes of ring (a multiple of [`ALIGN`], not 0).
+#[must_use]
+pub fn payload_in(room: usize, trailer: bool) -> usize {
+    let room = room.saturating_sub(if trailer { TRAILER } else { 0 });
+    let near = room.saturating_sub(HEADER);
+    if near <= INLINE_MAX { near } else { room.saturating_sub(ALIGN).max(INLINE_MAX) }
 }
 
 #[cfg(test)]
@@ -135,6 +149,17 @@ mod tests {
                 prop_assert!(header.footprint() <= limit);
                 prop_assert!(header.payload_at() + header.len as usize <= header.footprint());
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_longest_payload_fits_and_one_byte_more_does_not(lines in 1usize..4096, trailer: bool) {
+            let room = lines * ALIGN;
+            let most = payload_in(room, trailer);
+            prop_assert!(footprint(most, trailer) <= room);
+            // Between 1024 and 1072 bytes one byte more costs a whole line, which may still fit.
+            prop_assert!(footprint(most + 1, trailer) > room || most == INLINE_MAX);
         }
     }
 

@@ -1,0 +1,309 @@
+//! The receiving end of a lane.
+
+use std::fmt;
+
+use isthmus_wire::record::{ALIGN, Header, HeaderFault, Kind};
+
+use crate::layout::{
+    ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CREDIT, CREDIT_CHECK, CREDIT_SHARE, FIN, Geometry,
+    RECEIVE_STATE, Stage, fin_word,
+};
+use crate::parts::Dest;
+use crate::sync::{Ordering, fence};
+use crate::{Ring, Store, StoreFailed, View};
+
+/// What lies at the front of the lane.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    Nothing,
+    /// So many bytes of a stream, or a message of so many bytes.
+    Data(usize),
+    /// The sender has finished and everything was received.
+    End,
+}
+
+/// The sender broke the format: the lane is useless from here on, and nothing else is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    Header(HeaderFault),
+    /// A `Grow` where the lane cannot grow.
+    Grow,
+    /// A stream record in a message lane or the other way round.
+    Kind,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header(fault) => write!(f, "{fault}"),
+            Self::Grow => f.write_str("record.kind: this lane cannot grow"),
+            Self::Kind => f.write_str("record.kind: a stream piece in a message lane, or the reverse"),
+        }
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// The receiving end. One owner; not for sharing between threads.
+pub struct Rx<S, V> {
+    store: S,
+    view: V,
+    geometry: Geometry,
+    secret: u64,
+    kind: Kind,
+    stage: Stage,
+    position: u64,
+    offset: usize,
+    /// The record at the front, validated, and how much of its payload was received.
+    current: Option<(Header, usize)>,
+    /// The credit that the sender was last given.
+    given: u64,
+    rung: u32,
+    arm: u32,
+    bytes: u64,
+    messages: u64,
+    prepare: Option<Box<dyn Fn() + Send>>,
+}
+
+impl<S: Store, V: View> Rx<S, V> {
+    /// `kind` is [`Kind::Stream`] or [`Kind::Message`]: what this lane carries.
+    pub fn new(store: S, view: V, geometry: Geometry, secret: u64, kind: Kind) -> Self {
+        Self {
+            store,
+            view,
+            geometry,
+            secret: secret | 1,
+            kind,
+            stage: Stage::Small,
+            position: 0,
+            offset: 0,
+            current: None,
+            given: 0,
+            rung: 0,
+            arm: 0,
+            bytes: 0,
+            messages: 0,
+            prepare: None,
+        }
+    }
+
+    /// For carriers whose receiver owns the large ring: called before the sender may use it.
+    pub fn on_grow(&mut self, prepare: impl Fn() + Send + 'static) {
+        self.prepare = Some(Box::new(prepare));
+    }
+
+    /// Payload bytes and messages received so far.
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64) {
+        (self.bytes, self.messages)
+    }
+
+    /// Is there certainly nothing new? One load; the cheap question of a spinning receiver.
+    #[inline]
+    #[must_use]
+    pub fn quiet(&self) -> bool {
+        self.current.is_none() && self.view.word(self.stage.base() + self.offset) != self.commit()
+    }
+
+    /// Look at the front of the lane.
+    ///
+    /// # Errors
+    /// The sender broke the format. Every later call says so again.
+    pub fn look(&mut self) -> Result<Seen, Fault> {
+        loop {
+            if let Some((header, taken)) = self.current {
+                return Ok(Seen::Data(header.len as usize - taken));
+            }
+            let at = self.stage.base() + self.offset;
+            if self.view.word(at) != self.commit() {
+                // The end is written after the last record, so a record seen missing here and an
+                // end at this very position mean that there will be none.
+                let ended = self.view.word(FIN) == fin_word(self.secret, self.position);
+                return Ok(if ended { Seen::End } else { Seen::Nothing });
+            }
+            let to_end = self.stage.capacity(self.geometry) - self.offset;
+            let header = Header::decode(self.view.word(at + 8), to_end).map_err(Fault::Header)?;
+            if header.trailer {
+                let trailer = at + isthmus_wire::record::trailer_at(header.len as usize);
+                if self.view.word(trailer) != !self.commit() {
+                    return Ok(Seen::Nothing);
+                }
+            }
+            match header.kind {
+                Kind::Skip => self.advance(to_end),
+                Kind::Grow if self.stage == Stage::Small && self.geometry.large() > 0 => {
+                    if let Some(prepare) = &self.prepare {
+                        prepare();
+                    }
+                    self.position += header.footprint() as u64;
+                    self.stage = Stage::Large;
+                    self.offset = 0;
+                }
+                Kind::Grow => return Err(Fault::Grow),
+                kind if kind != self.kind => return Err(Fault::Kind),
+                Kind::Stream if header.len == 0 => self.advance(header.footprint()),
+                _ => self.current = Some((header, 0)),
+            }
+        }
+    }
+
+    /// Receive from the front into `dest`: as much of the stream as there is and fits, or one
+    /// message, the rest of which is lost if it does not fit.
+    ///
+    /// Returns the bytes stored, the bytes of the message (equal for streams) and whether the
+    /// sender's bell must be rung. Call after [`Rx::look`] said `Data`.
+    ///
+    /// # Errors
+    /// As [`Rx::look`]; what was received before the fault is kept and returned first.
+    pub fn read(&mut self, dest: &mut Dest<'_>) -> Result<(usize, usize, Ring), Fault> {
+        let room = dest.left();
+        let mut ring = Ring::Quiet;
+        let mut whole = 0;
+        while let Some((header, taken)) = self.current {
+            let at = self.stage.base() + self.offset + header.payload_at() + taken;
+            let rest = header.len as usize - taken;
+            let len = rest.min(dest.left());
+            self.view.copy_out(at, len, dest);
+            if self.kind == Kind::Message {
+                whole = header.len as usize;
+            }
+            if len == rest || self.kind == Kind::Message {
+                self.consume(header, taken);
+                if self.position - self.given >= self.credit_step() || self.view.half(ARM_SPACE) != 0 {
+                    ring = self.give_credit(ring);
+                }
+            } else {
+                self.current = Some((header, taken + len));
+            }
+            if self.kind == Kind::Message || dest.left() == 0 {
+                break;
+            }
+            // A fault that follows good bytes is reported by the next call.
+            if !matches!(self.look(), Ok(Seen::Data(_))) {
+                break;
+            }
+        }
+        let got = room - dest.left();
+        if self.kind == Kind::Stream {
+            self.bytes += got as u64;
+            whole = got;
+        } else {
+            self.bytes += whole as u64;
+        }
+        self.note();
+        Ok((got, whole, ring))
+    }
+
+    /// Copy from the front without consuming. For streams the first record only.
+    pub fn peek(&mut self, dest: &mut Dest<'_>) -> (usize, usize) {
+        let Some((header, taken)) = self.current else { return (0, 0) };
+        let at = self.stage.base() + self.offset + header.payload_at() + taken;
+        let rest = header.len as usize - taken;
+        let len = rest.min(dest.left());
+        self.view.copy_out(at, len, dest);
+        (len, rest)
+    }
+
+    /// Where the payload at the front lies: offset in the layout and length. It stays there until
+    /// [`Rx::skip`]; the sender may still scribble over it.
+    #[must_use]
+    pub fn front(&self) -> Option<(usize, usize)> {
+        let (header, taken) = self.current?;
+        let at = self.stage.base() + self.offset + header.payload_at() + taken;
+        Some((at, header.len as usize - taken))
+    }
+
+    /// Consume the record at the front, as after looking at it in place.
+    pub fn skip(&mut self) -> Ring {
+        let Some((header, taken)) = self.current else { return Ring::Quiet };
+        self.bytes += (header.len as usize - taken) as u64;
+        self.consume(header, taken);
+        self.note();
+        if self.position - self.given >= self.credit_step() || self.view.half(ARM_SPACE) != 0 {
+            return self.give_credit(Ring::Quiet);
+        }
+        Ring::Quiet
+    }
+
+    /// Give the sender all credit it has not been given. Call before sleeping.
+    pub fn settle(&mut self) -> Ring {
+        if self.position == self.given { Ring::Quiet } else { self.give_credit(Ring::Quiet) }
+    }
+
+    /// Take nothing more from this lane; `state` is `TAKES_NOTHING` or `RESET`.
+    ///
+    /// # Errors
+    /// The word could not be written; the sender will learn of it by other means.
+    pub fn stop(&mut self, state: u32) -> Result<Ring, StoreFailed> {
+        self.store.half(RECEIVE_STATE, state)?;
+        Ok(self.look_for_sleeper(Ring::Quiet))
+    }
+
+    /// Say that this end sleeps until there is data. Look once more before sleeping.
+    ///
+    /// # Errors
+    /// The arm could not be written: do not sleep.
+    pub fn arm(&mut self) -> Result<(), StoreFailed> {
+        self.arm = self.arm.wrapping_add(1).max(1);
+        self.store.half(ARM_DATA, self.arm)?;
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// This end is awake.
+    ///
+    /// # Errors
+    /// The arm could not be taken back; at worst a bell rings in vain.
+    pub fn disarm(&mut self) -> Result<(), StoreFailed> {
+        self.store.half(ARM_DATA, 0)
+    }
+
+    fn commit(&self) -> u64 {
+        self.secret.wrapping_add(self.position)
+    }
+
+    fn credit_step(&self) -> u64 {
+        (self.stage.capacity(self.geometry) / CREDIT_SHARE) as u64
+    }
+
+    fn consume(&mut self, header: Header, _taken: usize) {
+        self.current = None;
+        self.messages += 1;
+        self.advance(header.footprint());
+    }
+
+    fn advance(&mut self, by: usize) {
+        self.position += by as u64;
+        self.offset += by;
+        debug_assert_eq!(self.offset % ALIGN, 0);
+        if self.offset >= self.stage.capacity(self.geometry) {
+            self.offset = 0;
+        }
+    }
+
+    fn give_credit(&mut self, before: Ring) -> Ring {
+        let credit = self.position;
+        // A lost credit word is as if the receiver were slow; the sender's sleep has a limit.
+        let told = self.store.word(CREDIT, credit).and_then(|()| self.store.word(CREDIT_CHECK, credit ^ self.secret));
+        if told.is_ok() {
+            self.given = credit;
+        }
+        self.look_for_sleeper(before)
+    }
+
+    fn look_for_sleeper(&mut self, before: Ring) -> Ring {
+        fence(Ordering::SeqCst);
+        let arm = self.view.half(ARM_SPACE);
+        if arm == 0 || arm == self.rung {
+            return before;
+        }
+        self.rung = arm;
+        Ring::Bell
+    }
+
+    fn note(&self) {
+        self.store.counter(COUNTER_RX_BYTES, self.bytes);
+        self.store.counter(COUNTER_RX_MESSAGES, self.messages);
+    }
+}

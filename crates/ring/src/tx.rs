@@ -1,0 +1,339 @@
+//! The sending end of a lane.
+
+use std::fmt;
+
+use isthmus_wire::record::{ALIGN, Header, Kind, footprint, payload_in};
+
+use crate::layout::{
+    ARM_DATA, ARM_SPACE, COUNTER_TX_BYTES, COUNTER_TX_MESSAGES, CPU, CREDIT, CREDIT_CHECK, FIN, Geometry,
+    RECEIVE_STATE, Stage, TAKES_ALL, fin_word,
+};
+use crate::parts::Source;
+use crate::sync::{Ordering, fence};
+use crate::{Ring, Store, StoreFailed, View};
+
+/// Longest payload of one stream record, bytes: the receiver copies one while the sender fills the
+/// next. 64 KiB is where a ring of 2 MiB was fastest (docs/performance.md).
+const CHUNK: usize = 64 * 1024;
+/// A stream that sends this share of the small ring at once, or finds it full this often, moves to
+/// the large one.
+const GROW_SHARE: usize = 4;
+const GROW_FULL: u32 = 2;
+
+/// A message that this lane can never carry whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLarge {
+    pub len: usize,
+    pub limit: usize,
+}
+
+impl fmt::Display for TooLarge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a message of {} bytes; this connection takes {} at most", self.len, self.limit)
+    }
+}
+
+/// What became of a write.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Payload bytes that are in the lane now.
+    pub bytes: usize,
+    /// Whether everything is; if not, there is no space and the writer may arm and sleep.
+    pub all: bool,
+    pub ring: Ring,
+}
+
+/// The sending end. One owner; not for sharing between threads.
+pub struct Tx<S, V> {
+    store: S,
+    view: V,
+    geometry: Geometry,
+    secret: u64,
+    stage: Stage,
+    /// Bytes of ring used since the lane began; where the next record goes.
+    position: u64,
+    /// The same within the present ring.
+    offset: usize,
+    /// The receiver has consumed up to here, as far as we know.
+    credit: u64,
+    /// Nothing may be written before the receiver's credit reaches this (see [`Store::PEER_GROWS`]).
+    gate: u64,
+    full: u32,
+    /// The last arm of the receiver for which the bell was rung.
+    rung: u32,
+    arm: u32,
+    bytes: u64,
+    messages: u64,
+    finished: bool,
+}
+
+impl<S: Store, V: View> Tx<S, V> {
+    /// `secret` is shared by the two ends and unknown to everybody whose bytes may be sent here;
+    /// its lowest bit is set.
+    pub fn new(store: S, view: V, geometry: Geometry, secret: u64) -> Self {
+        Self {
+            store,
+            view,
+            geometry,
+            secret: secret | 1,
+            stage: Stage::Small,
+            position: 0,
+            offset: 0,
+            credit: 0,
+            gate: 0,
+            full: 0,
+            rung: 0,
+            arm: 0,
+            bytes: 0,
+            messages: 0,
+            finished: false,
+        }
+    }
+
+    /// Longest message, bytes.
+    #[must_use]
+    pub fn message_max(&self) -> usize {
+        self.geometry.message_max()
+    }
+
+    /// What the peer still takes: [`TAKES_ALL`] or why not.
+    #[must_use]
+    pub fn peer_takes(&self) -> u32 {
+        self.view.half(RECEIVE_STATE)
+    }
+
+    /// Payload bytes and messages sent so far.
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64) {
+        (self.bytes, self.messages)
+    }
+
+    /// Bytes of ring in use, as far as this end knows.
+    #[must_use]
+    pub fn in_flight(&mut self) -> usize {
+        self.look_for_credit();
+        (self.position - self.credit) as usize
+    }
+
+    /// Put as much of `source` into the lane as fits, as a piece of a byte stream.
+    ///
+    /// # Errors
+    /// The memory behind the lane failed. What was counted as written before is in the lane.
+    pub fn write_stream(&mut self, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
+        debug_assert!(!self.finished, "writing after finish");
+        let asked = source.left();
+        let mut ring = Ring::Quiet;
+        let grew = self.grow_for(asked)?;
+        while source.left() > 0 {
+            let Some(room) = self.room(source.left()) else { break };
+            let len = source.left().min(CHUNK).min(payload_in(room, S::TRAILER));
+            self.put(Kind::Stream, len, source)?;
+            self.bytes += len as u64;
+            ring = self.look_for_sleeper(ring);
+        }
+        let written = asked - source.left();
+        if written > 0 {
+            self.messages += 1;
+            self.note();
+        }
+        if source.left() > 0 {
+            self.full = self.full.saturating_add(1);
+        }
+        if grew && written == 0 {
+            ring = self.look_for_sleeper(ring);
+        }
+        Ok(Written { bytes: written, all: source.left() == 0, ring })
+    }
+
+    /// Put `source` into the lane as one message, whole or not at all.
+    ///
+    /// # Errors
+    /// `Err(TooLarge)`: it can never fit. `Ok(Err)`: the memory behind the lane failed. Nothing was
+    /// sent in either case.
+    pub fn write_message(&mut self, source: &mut Source<'_>) -> Result<Result<Written, StoreFailed>, TooLarge> {
+        let len = source.left();
+        if len > self.message_max() {
+            return Err(TooLarge { len, limit: self.message_max() });
+        }
+        Ok(self.write_fitting_message(len, source))
+    }
+
+    fn write_fitting_message(&mut self, len: usize, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
+        debug_assert!(!self.finished, "writing after finish");
+        let need = footprint(len, S::TRAILER);
+        let grew = self.grow_for(need)?;
+        let capacity = self.stage.capacity(self.geometry);
+        let to_end = capacity - self.offset;
+        let wanted = if need > to_end { to_end + need } else { need };
+        if self.free() < wanted || self.gate > self.credit {
+            self.look_for_credit();
+            if self.free() < wanted || self.gate > self.credit {
+                self.full = self.full.saturating_add(1);
+                let ring = if grew { self.look_for_sleeper(Ring::Quiet) } else { Ring::Quiet };
+                return Ok(Written { bytes: 0, all: false, ring });
+            }
+        }
+        if need > to_end {
+            self.put(Kind::Skip, 0, &mut Source::empty())?;
+            self.advance(to_end - ALIGN);
+        }
+        self.put(Kind::Message, len, source)?;
+        self.bytes += len as u64;
+        self.messages += 1;
+        self.note();
+        let ring = self.look_for_sleeper(Ring::Quiet);
+        Ok(Written { bytes: len, all: true, ring })
+    }
+
+    /// Could something be written now? Looks for credit.
+    pub fn has_space(&mut self) -> bool {
+        if self.free() < ALIGN || self.gate > self.credit {
+            self.look_for_credit();
+        }
+        self.free() >= self.space_wanted() && self.gate <= self.credit
+    }
+
+    /// End this direction: the receiver gets everything sent so far and then the end.
+    ///
+    /// # Errors
+    /// The word could not be written; the peer will learn of the end by other means.
+    pub fn finish(&mut self) -> Result<Ring, StoreFailed> {
+        self.finished = true;
+        self.store.word(FIN, fin_word(self.secret, self.position))?;
+        Ok(self.look_for_sleeper(Ring::Quiet))
+    }
+
+    #[must_use]
+    pub fn finished(&self) -> bool {
+        self.finished
+    }
+
+    /// Say that this end sleeps until there is space. Look once more ([`Tx::has_space`]) before
+    /// sleeping.
+    ///
+    /// # Errors
+    /// The arm could not be written: do not sleep.
+    pub fn arm(&mut self) -> Result<(), StoreFailed> {
+        self.arm = self.arm.wrapping_add(1).max(1);
+        self.store.half(ARM_SPACE, self.arm)?;
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// This end is awake.
+    ///
+    /// # Errors
+    /// The arm could not be taken back; at worst a bell rings in vain.
+    pub fn disarm(&mut self) -> Result<(), StoreFailed> {
+        self.store.half(ARM_SPACE, 0)
+    }
+
+    /// Tell the peer on which processor this end waits.
+    ///
+    /// # Errors
+    /// It could not be told; nothing depends on it.
+    pub fn tell_cpu(&self, cpu: u32) -> Result<(), StoreFailed> {
+        self.store.half(CPU, cpu.wrapping_add(1))
+    }
+
+    /// The processor on which the peer waited last, if it said.
+    #[must_use]
+    pub fn peer_cpu(&self) -> Option<u32> {
+        self.view.half(CPU).checked_sub(1)
+    }
+
+    /// A sleeper is worth waking only for so much space: an eighth of the ring, because that is
+    /// how much credit the receiver may hold back.
+    fn space_wanted(&self) -> usize {
+        (self.stage.capacity(self.geometry) / crate::layout::CREDIT_SHARE).max(ALIGN)
+    }
+
+    fn free(&self) -> usize {
+        // `credit <= position` always; what is used may exceed the ring just after it grew.
+        let used = usize::try_from(self.position - self.credit).unwrap_or(usize::MAX);
+        self.stage.capacity(self.geometry).saturating_sub(used)
+    }
+
+    /// Contiguous room for the next record, worth using for `left` bytes.
+    fn room(&mut self, left: usize) -> Option<usize> {
+        let to_end = self.stage.capacity(self.geometry) - self.offset;
+        let worth = footprint(left.min(CHUNK), S::TRAILER).min(to_end).min(self.space_wanted());
+        if self.free() < worth || self.gate > self.credit {
+            self.look_for_credit();
+            if self.gate > self.credit || self.free() < worth {
+                return None;
+            }
+        }
+        Some(self.free().min(to_end))
+    }
+
+    /// Read the receiver's credit. A value that cannot be is ignored.
+    fn look_for_credit(&mut self) {
+        let credit = self.view.word(CREDIT);
+        let check = self.view.word(CREDIT_CHECK);
+        if credit ^ self.secret == check && credit > self.credit && credit <= self.position {
+            self.credit = credit;
+        }
+    }
+
+    /// Move to the large ring if `len` bytes ask for it, or the small one was full often.
+    fn grow_for(&mut self, len: usize) -> Result<bool, StoreFailed> {
+        let wanted = len > self.geometry.small() / GROW_SHARE || self.full >= GROW_FULL;
+        if self.stage == Stage::Large || !wanted || self.geometry.large() <= self.geometry.small() {
+            return Ok(false);
+        }
+        if self.free() < ALIGN {
+            self.look_for_credit();
+            if self.free() < ALIGN {
+                return Ok(false);
+            }
+        }
+        self.store.prepare_large();
+        self.put(Kind::Grow, 0, &mut Source::empty())?;
+        self.stage = Stage::Large;
+        self.offset = 0;
+        if S::PEER_GROWS {
+            self.gate = self.position;
+        }
+        Ok(true)
+    }
+
+    fn put(&mut self, kind: Kind, len: usize, source: &mut Source<'_>) -> Result<(), StoreFailed> {
+        let header = Header { kind, trailer: S::TRAILER, len: len as u32 };
+        let at = self.stage.base() + self.offset;
+        self.store.record(at, self.secret.wrapping_add(self.position), header, source)?;
+        self.advance(header.footprint());
+        Ok(())
+    }
+
+    fn advance(&mut self, by: usize) {
+        self.position += by as u64;
+        self.offset += by;
+        if self.offset >= self.stage.capacity(self.geometry) {
+            self.offset = 0;
+        }
+    }
+
+    /// Wake the receiver if it sleeps. Call after publishing.
+    fn look_for_sleeper(&mut self, before: Ring) -> Ring {
+        fence(Ordering::SeqCst);
+        let arm = self.view.half(ARM_DATA);
+        if arm == 0 || arm == self.rung {
+            return before;
+        }
+        self.rung = arm;
+        Ring::Bell
+    }
+
+    fn note(&self) {
+        self.store.counter(COUNTER_TX_BYTES, self.bytes);
+        self.store.counter(COUNTER_TX_MESSAGES, self.messages);
+    }
+
+    /// May the peer still receive?
+    #[must_use]
+    pub fn open(&self) -> bool {
+        self.peer_takes() == TAKES_ALL
+    }
+}
