@@ -1,1 +1,8 @@
-//! The rules: pure state machines, no I/O, no clock.
+//! The rules: pure state machines. No I/O, no clock, no unsafe; the caller brings both.
+#![no_std]
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod spin;

@@ -56,10 +56,10 @@ pub struct StoreFailed {
 /// Offsets are bytes in the layout, multiples of 8 (4 for halves), checked by the caller.
 pub trait Store {
     /// Records need a trailer because this store cannot write a header after its payload.
-    const TRAILER: bool;
+    fn trailer(&self) -> bool;
     /// The peer prepares the memory of the large ring, so it must have seen the `Grow` record
     /// before anything is put there.
-    const PEER_GROWS: bool;
+    fn peer_grows(&self) -> bool;
 
     /// Release: what was written before is visible to whoever sees `value`.
     ///

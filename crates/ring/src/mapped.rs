@@ -125,8 +125,14 @@ impl Mapped {
 }
 
 impl Store for Mapped {
-    const TRAILER: bool = false;
-    const PEER_GROWS: bool = false;
+    #[inline]
+    fn trailer(&self) -> bool {
+        false
+    }
+
+    fn peer_grows(&self) -> bool {
+        false
+    }
 
     #[inline]
     fn word(&self, at: usize, value: u64) -> Result<(), StoreFailed> {

@@ -127,7 +127,7 @@ impl<S: Store, V: View> Tx<S, V> {
         let grew = self.grow_for(asked)?;
         while source.left() > 0 {
             let Some(room) = self.room(source.left()) else { break };
-            let len = source.left().min(CHUNK).min(payload_in(room, S::TRAILER));
+            let len = source.left().min(CHUNK).min(payload_in(room, self.store.trailer()));
             self.put(Kind::Stream, len, source)?;
             self.bytes += len as u64;
             ring = self.look_for_sleeper(ring);
@@ -161,7 +161,7 @@ impl<S: Store, V: View> Tx<S, V> {
 
     fn write_fitting_message(&mut self, len: usize, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
         debug_assert!(!self.finished, "writing after finish");
-        let need = footprint(len, S::TRAILER);
+        let need = footprint(len, self.store.trailer());
         let grew = self.grow_for(need)?;
         let capacity = self.stage.capacity(self.geometry);
         let to_end = capacity - self.offset;
@@ -258,7 +258,7 @@ impl<S: Store, V: View> Tx<S, V> {
     /// Contiguous room for the next record, worth using for `left` bytes.
     fn room(&mut self, left: usize) -> Option<usize> {
         let to_end = self.stage.capacity(self.geometry) - self.offset;
-        let worth = footprint(left.min(CHUNK), S::TRAILER).min(to_end).min(self.space_wanted());
+        let worth = footprint(left.min(CHUNK), self.store.trailer()).min(to_end).min(self.space_wanted());
         if self.free() < worth || self.gate > self.credit {
             self.look_for_credit();
             if self.gate > self.credit || self.free() < worth {
@@ -293,14 +293,14 @@ impl<S: Store, V: View> Tx<S, V> {
         self.put(Kind::Grow, 0, &mut Source::empty())?;
         self.stage = Stage::Large;
         self.offset = 0;
-        if S::PEER_GROWS {
+        if self.store.peer_grows() {
             self.gate = self.position;
         }
         Ok(true)
     }
 
     fn put(&mut self, kind: Kind, len: usize, source: &mut Source<'_>) -> Result<(), StoreFailed> {
-        let header = Header { kind, trailer: S::TRAILER, len: len as u32 };
+        let header = Header { kind, trailer: self.store.trailer(), len: len as u32 };
         let at = self.stage.base() + self.offset;
         self.store.record(at, self.secret.wrapping_add(self.position), header, source)?;
         self.advance(header.footprint());

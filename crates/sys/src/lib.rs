@@ -1,1 +1,10 @@
 //! Linux, one call per function.
+//!
+//! Everything that needs `unsafe` towards the kernel is here, and nothing else is: no policy, no
+//! retry loops, no knowledge of lanes. Errors are the kernel's (`std::io::Error`).
+
+pub mod cpu;
+pub mod mapping;
+pub mod memory;
+pub mod packet;
+pub mod poll;

@@ -1,0 +1,57 @@
+//! Processors: where we run, how many there are, how many tasks want one.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The processor this thread runs on now.
+#[must_use]
+pub fn current() -> u32 {
+    rustix::thread::sched_getcpu() as u32
+}
+
+/// Processors this process may use.
+#[must_use]
+pub fn allowed() -> u32 {
+    rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count().max(1))
+}
+
+/// Tasks that run or want to run on the whole machine, from `/proc/loadavg`; `None` where it
+/// cannot be read. Takes a few microseconds.
+#[must_use]
+pub fn runnable() -> Option<u32> {
+    static LOADAVG: OnceLock<Option<File>> = OnceLock::new();
+    let file = LOADAVG.get_or_init(|| File::open("/proc/loadavg").ok()).as_ref()?;
+    let mut text = [0; 64];
+    let n = file.read_at(&mut text, 0).ok()?;
+    let text = std::str::from_utf8(text.get(..n)?).ok()?;
+    text.split_ascii_whitespace().nth(3)?.split_once('/')?.0.parse().ok()
+}
+
+/// Counts the forks of this process: a child sees another number than its parent.
+#[must_use]
+pub fn generation() -> u32 {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        extern "C" fn forked() {
+            GENERATION.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: registers a function that only touches an atomic, which is allowed after fork.
+        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+    });
+    GENERATION.load(Ordering::Relaxed)
+}
+
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+/// Raise the limit on open descriptors to what this process may have; returns the limit.
+pub fn raise_descriptor_limit() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Nofile);
+    let wish = Rlimit { current: now.maximum, maximum: now.maximum };
+    if now.current != now.maximum && setrlimit(Resource::Nofile, wish).is_ok() {
+        return now.maximum.unwrap_or(u64::MAX);
+    }
+    now.current.unwrap_or(u64::MAX)
+}

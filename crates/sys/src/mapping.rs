@@ -1,0 +1,163 @@
+//! Mappings of files, placed so that huge pages are possible.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+/// Size of a huge page on the machines we know; a mapping begins at a multiple of it.
+pub const HUGE: usize = 2 * 1024 * 1024;
+
+/// `MADV_COLLAPSE`, Linux 6.1: make huge pages now, without privilege or configuration.
+const MADV_COLLAPSE: libc::c_int = 25;
+/// `MADV_POPULATE_WRITE`, Linux 5.14: touch the pages for writing.
+const MADV_POPULATE_WRITE: libc::c_int = 23;
+
+/// A shared mapping of a whole file; unmapped when dropped.
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: plain memory; whoever reads or writes it answers for that.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Map the first `len` bytes of `file` for reading.
+    pub fn read_only(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        Self::new(file, len, ProtFlags::READ)
+    }
+
+    /// Map the first `len` bytes of `file` for reading and writing.
+    pub fn writable(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        Self::new(file, len, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    fn new(file: BorrowedFd<'_>, len: usize, protection: ProtFlags) -> io::Result<Self> {
+        if len == 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let whole = if len < HUGE { len } else { len + HUGE };
+        // Reserve room for an aligned start, then place the file in it and give the rest back.
+        // SAFETY: a fresh anonymous mapping at an address the kernel chooses.
+        let room = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), whole, ProtFlags::empty(), MapFlags::PRIVATE)?
+        };
+        let room_start = room as usize;
+        let start = if len < HUGE { room_start } else { (room_start + HUGE - 1) & !(HUGE - 1) };
+        let lead = start - room_start;
+        // SAFETY: the range lies in the reservation made above and nothing else is there.
+        let placed = unsafe {
+            rustix::mm::mmap(room.byte_add(lead), len, protection, MapFlags::SHARED | MapFlags::FIXED, file, 0)
+        };
+        let base = match placed {
+            Ok(base) => base,
+            Err(error) => {
+                // SAFETY: the reservation is ours and unused.
+                let _ = unsafe { rustix::mm::munmap(room, whole) };
+                return Err(error.into());
+            }
+        };
+        let page = rustix::param::page_size();
+        let end = lead + len.next_multiple_of(page);
+        // SAFETY: the two ends of the reservation beside the file's mapping, unused.
+        unsafe {
+            if lead > 0 {
+                let _ = rustix::mm::munmap(room, lead);
+            }
+            if end < whole {
+                let _ = rustix::mm::munmap(room.byte_add(end), whole - end);
+            }
+        }
+        NonNull::new(base.cast()).map(|base| Self { base, len }).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+
+    #[must_use]
+    pub fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Turn `len` bytes at `at` into huge pages if the kernel can; touches them.
+    ///
+    /// # Errors
+    /// The kernel cannot (before 6.1, or memory is fragmented): ordinary pages serve as well.
+    pub fn collapse(&self, at: usize, len: usize) -> io::Result<()> {
+        if at > self.len || len > self.len - at {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the range lies in the mapping; neither call changes what it holds. One touched
+        // page is enough for the kernel to have something to collapse.
+        let done = unsafe {
+            let start = self.base.as_ptr().add(at).cast();
+            libc::madvise(start, 4096.min(len), MADV_POPULATE_WRITE);
+            libc::madvise(start, len, MADV_COLLAPSE)
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Ask for huge pages when the memory is first touched.
+    pub fn prefer_huge(&self, at: usize, len: usize) -> io::Result<()> {
+        if at > self.len || len > self.len - at {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the range lies in the mapping; advice changes no content.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().add(at).cast(), len, Advice::LinuxHugepage)? };
+        Ok(())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and nobody holds a pointer into it any more.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn sealed_memory_stays_writable_for_its_owner_alone() {
+        let len = HUGE + HUGE;
+        let file = memory::create(c"test", len).expect("memfd");
+        let mine = Mapping::writable(file.as_fd(), len).expect("map");
+        assert_eq!(mine.base() as usize % HUGE, 0);
+        memory::seal(file.as_fd(), memory::READ_ONLY_SEALS).expect("seal");
+        let theirs = memory::reopen_read_only(file.as_fd()).expect("reopen");
+        assert_eq!(memory::access(theirs.as_fd()).expect("flags"), (true, false));
+        let view = Mapping::read_only(theirs.as_fd(), len).expect("map");
+        // SAFETY: two mappings made above.
+        unsafe {
+            mine.base().add(77).write_volatile(9);
+            assert_eq!(view.base().add(77).read_volatile(), 9);
+        }
+        for file in [&file, &theirs] {
+            assert!(Mapping::writable(file.as_fd(), len).is_err(), "a second writable mapping");
+            assert!(memory::seal(file.as_fd(), memory::SIZE_SEALS).is_err());
+            assert!(rustix::fs::ftruncate(file, 0).is_err());
+            let piece = [memory::Piece::new([1u8].as_ptr(), 1)];
+            // SAFETY: one readable byte.
+            assert!(unsafe { memory::write_at(file.as_fd(), &piece, 0) }.is_err());
+        }
+        // Huge pages also after sealing; kernels before 6.1 say no.
+        if let Err(error) = mine.collapse(HUGE, HUGE) {
+            println!("no huge pages here: {error}");
+        }
+    }
+}
