@@ -42,7 +42,7 @@ check: build ## Formatting, lints, types, crate arrows, licences
 	ruff format --check
 	ruff check
 	mypy
-	@if [ -e src/isthmus/_native.pyi ]; then set -x; python -m mypy.stubtest isthmus._native; fi
+	@if [ -e src/isthmus/_native.pyi ]; then set -x; python -m mypy.stubtest --mypy-config-file pyproject.toml isthmus._native; fi
 	python scripts/check_arrows.py
 	python scripts/check_licences.py
 
