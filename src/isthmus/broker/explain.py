@@ -1,0 +1,89 @@
+"""Which path a connection would take, by which rule, and why not another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .policy import PORT_MAX, Decision
+
+if TYPE_CHECKING:
+    from .core import Broker
+    from .directory import Domain
+
+
+def explain(broker: Broker, source: Domain, destination: Domain, port: int | None) -> dict[str, Any]:
+    """The answer to `isthmus explain`; without a port, one entry for each range of ports that is treated alike."""
+    if port is not None:
+        ranges = [(port, port, broker.policy.look(source, destination, port))]
+    else:
+        ranges = broker.policy.segments(source, destination)
+    return {
+        "from": source.name,
+        "to": destination.name,
+        "port": port,
+        "ranges": [_entry(broker, source, destination, *found) for found in ranges],
+    }
+
+
+def _entry(
+    broker: Broker, source: Domain, destination: Domain, low: int, high: int, decision: Decision
+) -> dict[str, Any]:
+    path = None if not decision.accepted else "put" if decision.strict else "sealed"
+    return {
+        "ports": str(low) if low == high else f"{low}-{high}",
+        "action": decision.action,
+        "rule": decision.rule,
+        "path": path,
+        "why": decision.why,
+        "notes": list(_notes(broker, source, destination, low, high, decision, path)),
+    }
+
+
+def _notes(
+    broker: Broker,
+    source: Domain,
+    destination: Domain,
+    low: int,
+    high: int,
+    decision: Decision,
+    path: str | None,
+) -> list[str]:
+    notes = []
+    if path == "sealed":
+        notes.append("sealed is the best path inside one kernel; nothing better was passed over")
+    elif path == "put":
+        notes.append(
+            f"not sealed, which is faster: rule {decision.rule} says strict, so no page may be shared"
+        )
+    else:
+        if decision.action == "drop":
+            notes.append("the program that asks is told that nobody listens")
+        later = [
+            r for r in broker.policy.rules if r.action == "accept" and r.matches(source, destination, low)
+        ]
+        if decision.matched is not None and later:
+            notes.append(f"{later[0].says} would accept it, but {decision.matched.says} comes first")
+        elif decision.matched is None:
+            notes.append(
+                f"to open it, add a rule: from = {source.name!r}, to = {destination.name!r}, action = 'accept'"
+            )
+    if path is not None:
+        matched = decision.matched
+        if matched is not None and matched.unenforced:
+            notes.append(
+                f"{', '.join(matched.unenforced)} of {matched.says} not enforced here: "
+                f"on a {path} lane nobody stands between the two ends"
+            )
+        for here, peer in ((source, destination), (destination, source)):
+            over = here.over(peer, 0)
+            if over is not None:
+                notes.append(f"would be refused now: limit reached: {over}")
+        if low == high:
+            binding = destination.listener(low, source.number)
+            if binding is None:
+                notes.append(f"nobody listens at {destination.name}:{low} now")
+            else:
+                notes.append(f"process {binding.attachment.pid} listens there ({binding.kind})")
+        elif high != PORT_MAX or low != 1:
+            notes.append("other ports are decided by other rules")
+    return notes
