@@ -1,8 +1,8 @@
 """One program's socket: packets in, packets out, bounded both ways.
 
-What comes in is a stranger's: each packet is bounded, counted against its domain's bucket, decoded whole or not
-at all, and its descriptors are closed whatever happens. What goes out waits in a bounded queue; a program that
-does not read loses its own attachment and nothing else.
+What comes in is a stranger's: each packet is bounded, counted against its domain's bucket, decoded whole or
+not at all, and its descriptors are closed whatever happens. What goes out waits in a bounded queue; a
+program that does not read loses its own attachment and nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from isthmus._native import (
 from .descriptors import Descriptors
 
 if TYPE_CHECKING:
-    from .core import Broker, Side
+    from .connection import Side
+    from .core import Broker
     from .directory import Domain, Lease
 
 #: Packets read from one attachment before the others get their turn.

@@ -1,7 +1,8 @@
 """The operator's socket: one JSON request a line, one JSON answer a line.
 
-``{"do": "status"}`` is answered ``{"ok": true, ...}`` or ``{"ok": false, "error": "what, where, what to do"}``. Only
-root and the broker's own user get in: the socket's mode says so, and so does the kernel about who connected.
+``{"do": "status"}`` is answered ``{"ok": true, ...}`` or ``{"ok": false, "error": "what, where, what to
+do"}``. Only root and the broker's own user get in: the socket's mode says so, and so does the kernel about
+who connected.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from typing import TYPE_CHECKING, Any
 from isthmus._native import check_name
 
 from . import metrics
-from .core import Refuse
+from .answers import Refuse
 from .directory import Domain
 from .doors import DoorError
 from .explain import explain
 from .policy import GROUP_DEFAULT, PolicyError
+from .report import describe_connections, describe_domain, summarise_domain
 
 if TYPE_CHECKING:
     from .service import Service
 
 REQUEST_MAX_BYTES = 64 * 1024
+#: Connections that one `status` lists.
+CONNECTIONS_SHOWN = 1000
 
 
 class Wrong(Exception):
@@ -110,10 +114,10 @@ class Console:
 
     def _domain_remove(self, request: dict[str, Any]) -> dict[str, Any]:
         name = _name(request, "name", None)
-        before = self._service.broker.cuts
+        before = self._service.broker.introductions.cuts
         self._service.broker.remove_domain(name)
         self._service.log.info("domain", action="remove", name=name)
-        return {"name": name, "cut": self._service.broker.cuts - before}
+        return {"name": name, "cut": self._service.broker.introductions.cuts - before}
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
         service = self._service
@@ -123,10 +127,10 @@ class Console:
             domain = broker.find_domain(str(only))
             if domain is None:
                 raise Wrong(f"domain {only}: there is none; see `isthmus domain list`")
-            return {"domain": broker.describe_domain(domain)}
-        limit = request.get("limit", 1000)
-        connections = []
-        for connection in broker.describe_connections():
+            return {"domain": describe_domain(broker, domain)}
+        limit = CONNECTIONS_SHOWN
+        connections: list[dict[str, Any]] = []
+        for connection in describe_connections(broker):
             if len(connections) >= limit:
                 break
             connections.append(connection)
@@ -140,12 +144,12 @@ class Console:
             "policy_error": service.policy_error,
             "notes": broker.policy.notes(broker.domains),
             "domains": [
-                broker.summarise_domain(d) for d in sorted(broker.domains.values(), key=lambda d: d.number)
+                summarise_domain(broker, d) for d in sorted(broker.domains.values(), key=lambda d: d.number)
             ],
-            "connections_total": len(broker.connections),
+            "connections_total": len(broker.introductions.connections),
             "connections": connections,
             "refused": dict(sorted(broker.refusals.items())),
-            "cut": broker.cuts,
+            "cut": broker.introductions.cuts,
         }
 
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:

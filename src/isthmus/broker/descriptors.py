@@ -1,13 +1,14 @@
 """Descriptors that a stranger sent: closed on every path, and never closed where closing can hurt.
 
-Closing a descriptor can wait for ever: `close` asks the file's system to flush, and a tenant may send a file of a
-FUSE file system that it runs itself and that never answers. So a descriptor that is not a memfd is closed by a
-thread of its domain's own, and a domain whose thread is stuck gets no further attachments until it is free again.
-Asking whether it *is* a memfd (`F_GET_SEALS`) asks no file system.
+Closing a descriptor can wait for ever: `close` asks the file's system to flush, and a tenant may send a
+file of a FUSE file system that it runs itself and that never answers. So a descriptor that is not a memfd
+is closed by a thread of its domain's own, and a domain whose thread is stuck gets no further attachments
+until it is free again. Asking whether it *is* a memfd (`F_GET_SEALS`) asks no file system.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -28,7 +29,7 @@ def is_memfd(fd: int) -> bool:
 
 
 class Undertaker:
-    """Closes what could block, for one domain, in a thread that exists only while there is something to close."""
+    """Closes what could block, for one domain, in a thread that exists while there is something to close."""
 
     def __init__(self) -> None:
         self._waiting: deque[int] = deque()
@@ -57,14 +58,12 @@ class Undertaker:
                     return
                 fd = self._waiting.popleft()
                 self._busy = 1
-            try:
+            with contextlib.suppress(OSError):
                 os.close(fd)
-            except OSError:
-                pass
 
 
 class Descriptors:
-    """The descriptors of one packet. Whoever receives them closes them; whoever needs one longer duplicates it."""
+    """The descriptors of one packet. Whoever receives them closes them; to keep one, duplicate it."""
 
     __slots__ = ("_checked", "_undertaker", "fds")
 

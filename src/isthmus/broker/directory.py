@@ -1,7 +1,7 @@
 """Domains, their ports and what they hold.
 
-A port belongs to one program (attachment) of a domain at a time; listeners are keyed (port, partner), and one for
-a particular partner shadows one for anybody, as V4V's rings do.
+A port belongs to one program (attachment) of a domain at a time; listeners are keyed (port, partner), and
+one for a particular partner shadows one for anybody, as V4V's rings do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .policy import Limits
 
 if TYPE_CHECKING:
     from .attachment import Attachment
-    from .core import Connection
+    from .connection import Connection
 
 #: Ports that the broker hands out start here; below, programs choose.
 CHOSEN_PORTS = 0x8000_0000
@@ -53,7 +53,7 @@ class Lease:
 
 
 class Traffic:
-    """What a domain's programs say they sent and received on one path. A lie falls on the liar's own account."""
+    """What a domain's programs say they sent and received on one path; a lie is on the liar's own account."""
 
     __slots__ = ("connections", "received_bytes", "received_messages", "sent_bytes", "sent_messages")
 
@@ -69,6 +69,15 @@ class Traffic:
         self.sent_messages += counters[1]
         self.received_bytes += counters[2]
         self.received_messages += counters[3]
+
+    def copy(self) -> Traffic:
+        made = Traffic()
+        for name in self.__slots__:
+            setattr(made, name, getattr(self, name))
+        return made
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Domain:

@@ -1,13 +1,15 @@
 """Doors: one listening socket for each domain, in a directory of its own.
 
-`DIR/doors/NAME/door`. The directory is what gets mounted into a container: a restarted broker makes a new socket
-in it, and the mount still shows it. It belongs to the domain's user, who may therefore do anything in it at any
-time; so nothing here follows a link in it, changes the mode of a path in it, or trusts what lies there.
+`DIR/doors/NAME/door`. The directory is what gets mounted into a container: a restarted broker makes a new
+socket in it, and the mount still shows it. It belongs to the domain's user, who may therefore do anything
+in it at any time; so nothing here follows a link in it, changes the mode of a path in it, or trusts what
+lies there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -30,13 +32,12 @@ class DoorError(Exception):
 def bind_at(directory: int, name: str, kind: int, mode: int) -> socket.socket:
     """A listening Unix socket called `name` in an open directory; one that lies there is replaced.
 
-    Goes through the directory's descriptor, so that the path may be longer than a socket address and cannot be
-    swapped underneath; the mode comes from the mask, because chmod would follow whatever lies there by then.
+    Goes through the directory's descriptor, so that the path may be longer than a socket address and cannot
+    be swapped underneath; the mode comes from the mask, because chmod would follow whatever lies there by
+    then.
     """
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory)
-    except FileNotFoundError:
-        pass
     sock = socket.socket(socket.AF_UNIX, kind)
     mask = os.umask(0o777 & ~mode)
     try:
@@ -79,10 +80,8 @@ class Door:
         self._loop.add_reader(self._sock.fileno(), self._handle_readable)
 
     def _open(self, uid: int | None) -> socket.socket:
-        try:
+        with contextlib.suppress(FileExistsError):
             os.mkdir(self.path, 0o700)
-        except FileExistsError:
-            pass
         directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if uid is not None and os.fstat(directory).st_uid != uid:
@@ -131,14 +130,10 @@ class Door:
             directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(NAME, dir_fd=directory)
-        except OSError:
-            pass
-        finally:
-            os.close(directory)
+        os.close(directory)
         if remove:
-            try:
+            # Its user put something there, or it is mounted somewhere: an empty shell stays.
+            with contextlib.suppress(OSError):
                 os.rmdir(self.path)
-            except OSError:
-                pass  # Its user put something there, or it is mounted somewhere: an empty shell stays.

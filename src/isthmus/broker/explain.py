@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def explain(broker: Broker, source: Domain, destination: Domain, port: int | None) -> dict[str, Any]:
-    """The answer to `isthmus explain`; without a port, one entry for each range of ports that is treated alike."""
+    """The answer to `isthmus explain`; without a port, one entry for each range of ports treated alike."""
     if port is not None:
         ranges = [(port, port, broker.policy.look(source, destination, port))]
     else:
@@ -64,9 +64,8 @@ def _notes(
         if decision.matched is not None and later:
             notes.append(f"{later[0].says} would accept it, but {decision.matched.says} comes first")
         elif decision.matched is None:
-            notes.append(
-                f"to open it, add a rule: from = {source.name!r}, to = {destination.name!r}, action = 'accept'"
-            )
+            rule = f"from = {source.name!r}, to = {destination.name!r}, action = 'accept'"
+            notes.append(f"to open it, add a rule: {rule}")
     if path is not None:
         matched = decision.matched
         if matched is not None and matched.unenforced:

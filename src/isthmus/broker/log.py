@@ -1,7 +1,7 @@
 """Structured logs on stderr: one JSON object a line, or something readable on a terminal.
 
-What tenants cause is limited for each domain, so that none can fill a disk; what was left out is counted in the
-next line that gets through.
+What tenants cause is limited for each domain, so that none can fill a disk; what was left out is counted in
+the next line that gets through.
 """
 
 from __future__ import annotations

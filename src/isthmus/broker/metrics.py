@@ -9,6 +9,8 @@ import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from .report import traffic_now
+
 if TYPE_CHECKING:
     from .service import Service
 
@@ -108,18 +110,17 @@ def _samples(service: Service) -> Iterable[Sample]:
         yield "isthmus_domain_throttled_total", label, domain.throttled
         for refusal, count in sorted(domain.refusals.items()):
             yield "isthmus_domain_refused_total", {**label, "refusal": refusal}, count
-    for (name, path), figures in sorted(broker.traffic_now().items()):
-        label = {"domain": name, "path": path}
-        yield "isthmus_domain_connections_total", label, figures[0]
-        yield "isthmus_domain_sent_bytes_total", label, figures[1]
-        yield "isthmus_domain_sent_messages_total", label, figures[2]
-        yield "isthmus_domain_received_bytes_total", label, figures[3]
-        yield "isthmus_domain_received_messages_total", label, figures[4]
-    for path, count in broker.opened.items():
+    made = broker.introductions
+    for (name, path), traffic in sorted(
+        traffic_now(broker.domains.values(), made.connections.values()).items()
+    ):
+        for what, count in traffic.as_dict().items():
+            yield f"isthmus_domain_{what}_total", {"domain": name, "path": path}, count
+    for path, count in made.opened.items():
         yield "isthmus_connections_opened_total", {"path": path}, count
-    yield "isthmus_connections_open", {}, len(broker.connections)
-    yield "isthmus_connections_cut_total", {}, broker.cuts
-    yield "isthmus_sides_resumed_total", {}, broker.resumed
+    yield "isthmus_connections_open", {}, len(made.connections)
+    yield "isthmus_connections_cut_total", {}, made.cuts
+    yield "isthmus_sides_resumed_total", {}, made.resumed
     for reason in ("fault", "slow"):
         yield "isthmus_attachments_dropped_total", {"reason": reason}, broker.dropped.get(reason, 0)
 
@@ -179,10 +180,7 @@ class Server:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_S)
             writer.write(self._answer(head))
             await asyncio.wait_for(writer.drain(), REQUEST_S)
-        except (
-            asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.TimeoutError, asyncio.CancelledError,
-            TimeoutError, ConnectionError,
-        ):  # fmt: skip
+        except (asyncio.LimitOverrunError, asyncio.TimeoutError, asyncio.CancelledError, EOFError, OSError):
             pass  # Whoever asks badly gets nothing.
         finally:
             self._tasks.discard(task)
@@ -197,5 +195,6 @@ class Server:
             status, body, kind = "404 Not Found", b"the figures are at /metrics\n", "text/plain"
         else:
             status, body, kind = "200 OK", render(self._service).encode(), CONTENT_TYPE
-        front = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        front = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        front += "Connection: close\r\n\r\n"
         return front.encode() + (b"" if method == b"HEAD" else body)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
@@ -231,8 +231,8 @@ class Policy:
         for rule in self.rules:
             if rule.unenforced:
                 found.append(
-                    f"{rule.says}: {', '.join(rule.unenforced)} not enforced inside a node: on sealed and put lanes "
-                    "nobody stands between the two ends"
+                    f"{rule.says}: {', '.join(rule.unenforced)} not enforced inside a node: "
+                    "on sealed and put lanes nobody stands between the two ends"
                 )
             for key, who in (("from", rule.source), ("to", rule.destination)):
                 if who != "*" and not who.startswith("group:") and who not in names:
@@ -474,9 +474,7 @@ def _short_key(key: str) -> str:
 def _line_of(text: str, table: str, index: int, key: str) -> int | None:
     """Line of a key, best effort: TOML's reader does not tell, and an error is nicer with it."""
     lines = text.splitlines()
-    names_key: Callable[[str], bool] = lambda line: (
-        re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line) is not None
-    )
+    names_key = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
     header = re.compile(rf"\s*\[\[?\s*{re.escape(table)}[\s.\]]")
     begin, count = 0, 0
     if table:
@@ -490,7 +488,7 @@ def _line_of(text: str, table: str, index: int, key: str) -> int | None:
             return None
     if key:
         for number in range(begin, len(lines)):
-            if names_key(lines[number]):
+            if names_key.match(lines[number]):
                 return number + 1
             if index and lines[number].lstrip().startswith("[["):
                 break

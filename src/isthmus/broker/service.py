@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import resource
@@ -122,8 +123,9 @@ class Service:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
+            holder = f" (process {holder})" if holder else ""
             raise ServiceError(
-                f"{self.directory}: another broker{f' (process {holder})' if holder else ''} serves this directory; "
+                f"{self.directory}: another broker{holder} serves this directory; "
                 "stop it, or choose another one with --dir"
             ) from None
         os.ftruncate(self._lock, 0)
@@ -181,10 +183,9 @@ class Service:
         return cut, notes
 
     def reload_logged(self) -> None:
-        try:
+        # Logged where it was found.
+        with contextlib.suppress(PolicyError):
             self.reload()
-        except PolicyError:
-            pass  # Logged where it was found.
 
     async def _watch(self) -> None:
         """Look at the policy file now and then, and tell systemd that we live."""
@@ -194,10 +195,8 @@ class Service:
             if watched:
                 notify("WATCHDOG=1")
             self.look_at_policy()
-            try:
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), interval)
-            except (TimeoutError, asyncio.TimeoutError):
-                pass
 
     def look_at_policy(self) -> None:
         """Reload if the file has changed since it was read."""
@@ -216,10 +215,8 @@ class Service:
         await self._console.close()
         await self._metrics.close()
         for name in ("operator", "metrics"):
-            try:
+            with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=self._directory_fd)
-            except OSError:
-                pass
         self.log.info("stop", pid=os.getpid())
         os.close(self._directory_fd)
         # The lock file stays: removing it would let two brokers hold "the" lock.
@@ -233,10 +230,8 @@ def _identity(found: os.stat_result) -> tuple[int, int, int]:
 def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        try:
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError):
-            pass
 
 
 def run(service: Service) -> None:

@@ -1,7 +1,7 @@
 """What the broker keeps between its lives: a key, the numbers of domains, the domains added at run time.
 
-All of it fits one JSON file that is written beside the old one and renamed over it, and a key file of 32 bytes.
-Both are for the broker's eyes only (mode 0600).
+All of it fits one JSON file that is written beside the old one and renamed over it, and a key file of 32
+bytes. Both are for the broker's eyes only (mode 0600).
 """
 
 from __future__ import annotations

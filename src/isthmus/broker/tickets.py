@@ -1,9 +1,9 @@
 """Tickets: what a restarted broker believes about a connection it does not remember.
 
-A ticket is an HMAC over the terms on which one side holds a connection. The sides have different tickets, so
-neither can pass for the other, and the key never leaves the broker. Ring sizes are not in it: the accepter's ticket is
-made before its ring is known, and the descriptor that comes with `resume` shows them anyway. Nor is the rule: a
-restarted broker asks today's policy.
+A ticket is an HMAC over the terms on which one side holds a connection. The sides have different tickets,
+so neither can pass for the other, and the key never leaves the broker. Ring sizes are not in it: the
+accepter's ticket is made before its ring is known, and the descriptor that comes with `resume` shows them
+anyway. Nor is the rule: a restarted broker asks today's policy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Tickets:
         carrier: str,
         role: str,
     ) -> bytes:
-        terms = f"isthmus ticket 1 {connection} {opener}:{opener_port} {accepter}:{accepter_port} {kind} {carrier} {role}"
+        ends = f"{opener}:{opener_port} {accepter}:{accepter_port}"
+        terms = f"isthmus ticket 1 {connection} {ends} {kind} {carrier} {role}"
         return hmac.digest(self._key, terms.encode("ascii"), "sha256")
 
     def check(self, ticket: bytes, *terms: int | str) -> bool:

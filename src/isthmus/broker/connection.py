@@ -1,0 +1,131 @@
+"""What the broker knows of a connection: two sides, each of which ends on its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .directory import Binding, Domain
+from .lanes import Counters
+from .policy import Decision
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+
+class Side:
+    """One end of a connection."""
+
+    __slots__ = ("attachment", "chosen", "connection", "counters", "domain", "held", "memory", "peer", "port")
+
+    def __init__(self, connection: Connection, domain: Domain, peer: Domain, port: int) -> None:
+        self.connection = connection
+        self.domain = domain
+        self.peer = peer
+        self.port = port
+        self.attachment: Attachment | None = None
+        self.counters: Counters | None = None
+        self.memory = 0
+        #: Whether it counts against its domain's limits.
+        self.held = False
+        #: Whether `port` was chosen by the broker for this connection.
+        self.chosen = False
+
+    def hold(self, memory: int) -> None:
+        domain = self.domain
+        self.held = True
+        self.memory = memory
+        domain.connections += 1
+        domain.lanes += 2
+        domain.memory += memory
+        domain.peers[self.peer.number] = domain.peers.get(self.peer.number, 0) + 1
+
+    def bring(self, memory: int) -> None:
+        self.domain.memory += memory - self.memory
+        self.memory = memory
+
+    def release(self) -> None:
+        """End this side: the account, the limits, the port. Again does nothing."""
+        if not self.held:
+            return
+        self.held = False
+        domain = self.domain
+        domain.connections -= 1
+        domain.lanes -= 2
+        domain.memory -= self.memory
+        left = domain.peers.get(self.peer.number, 1) - 1
+        if left:
+            domain.peers[self.peer.number] = left
+        else:
+            domain.peers.pop(self.peer.number, None)
+        if self.chosen:
+            domain.chosen.discard(self.port)
+        if self.counters is not None:
+            domain.account(self.connection.carrier).add(self.counters.read())
+            self.counters = None
+        if self.attachment is not None:
+            self.attachment.sides.discard(self)
+            self.attachment = None
+
+    def belong_to(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        attachment.sides.add(self)
+
+
+class Pending:
+    """What is known of a connection only until its listener has answered."""
+
+    __slots__ = ("bell", "binding", "deadline", "large", "request", "secret", "small")
+
+    def __init__(
+        self, request: int, binding: Binding, bell: int, secret: int, small: int, large: int, deadline: float
+    ) -> None:
+        self.request = request
+        self.binding = binding
+        #: The opener's end.
+        self.bell = bell
+        self.secret = secret
+        self.small = small
+        self.large = large
+        self.deadline = deadline
+
+
+class Connection:
+    """A connection as far as the broker knows it."""
+
+    __slots__ = ("accepter", "carrier", "kind", "number", "opener", "pending", "rule", "since", "why")
+
+    def __init__(
+        self,
+        number: int,
+        kind: str,
+        carrier: str,
+        rule: int,
+        why: str,
+        since: float,
+        opener: tuple[Domain, int],
+        accepter: tuple[Domain, int],
+    ) -> None:
+        self.number = number
+        self.kind = kind
+        self.carrier = carrier
+        self.rule = rule
+        self.why = why
+        self.since = since
+        self.opener = Side(self, opener[0], accepter[0], opener[1])
+        self.accepter = Side(self, accepter[0], opener[0], accepter[1])
+        self.pending: Pending | None = None
+
+    def side_of(self, attachment: Attachment) -> Side | None:
+        """The open side that this program holds; a program connected to itself closes the opener's first."""
+        if self.opener.attachment is attachment:
+            return self.opener
+        if self.accepter.attachment is attachment:
+            return self.accepter
+        return None
+
+
+def path_text(decision: Decision) -> str:
+    """Why a connection takes the path it takes, in the words that both ends get."""
+    if decision.strict:
+        return f"same kernel; {decision.why}; strict, so the kernel copies"
+    return f"same kernel; {decision.why}; not strict"

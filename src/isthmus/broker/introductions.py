@@ -1,0 +1,413 @@
+"""Bringing two programs together: from `connect` to the end of both sides.
+
+A connection is *pending* from the opener's `connect` until the listener's program answers `incoming`. Then
+both ends hold their descriptors, the broker closes its own copies, and keeps only read-only counter pages
+for the accounts. Each side ends on its own: by `close`, by the death of its program, or by the broker's
+`cut`.
+
+Format: docs/formats/control.md.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .answers import Refuse, bounded, shown
+from .attachment import Attachment, OutOfDescriptors
+from .connection import Connection, Pending, Side, path_text
+from .descriptors import Descriptors
+from .directory import CHOSEN_PORTS, Domain
+from .lanes import check_lane, check_page
+from .log import Log
+from .tickets import Tickets
+
+if TYPE_CHECKING:
+    from .core import Broker
+
+#: How long a listener's program may take to answer `incoming`.
+ANSWER_S = 5.0
+#: A connect that gets as far as its descriptors is worth so many messages more.
+CONNECT_COSTS = 3
+
+#: What a `drop` rule must not be told apart from.
+_NOBODY = "nobody listens there"
+_LISTENERS_MAY_SAY = {
+    "backlog-full": "its backlog is full",
+    "limit-reached": "its program has reached a limit",
+    "nobody-listens": _NOBODY,
+    "path-unavailable": "its program cannot take this path",
+}
+
+
+class Introductions:
+    """All connections of the node."""
+
+    def __init__(self, broker: Broker, tickets: Tickets, log: Log, clock: Callable[[], float]) -> None:
+        self.connections: dict[int, Connection] = {}
+        #: Connections opened, by path; cut; sides taken up again after a restart.
+        self.opened: dict[str, int] = {"sealed": 0, "put": 0}
+        self.cuts = 0
+        self.resumed = 0
+        self._broker = broker
+        self._tickets = tickets
+        self._log = log
+        self._clock = clock
+        self._pending: deque[Connection] = deque()
+
+    def handle_connect(
+        self, attachment: Attachment, request: int, fields: dict[str, Any], descriptors: Descriptors
+    ) -> None:
+        source = attachment.domain
+        port, kind, carrier = fields["to_port"], fields["kind"], fields["carrier"]
+        destination = self._broker.find_domain(fields["to"])
+        if destination is None:
+            raise Refuse("unknown-domain", f"there is no domain {shown(fields['to'])} on this node")
+        where = f"{destination.name}:{port}"
+        decision = self._broker.policy.decide(source, destination, port)
+        if not decision.accepted:
+            self._log_refused(source, where, decision.why, decision.rule)
+            if decision.action == "drop":
+                raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
+            raise Refuse("refused-by-rule", f"{source.name} to {where}: {decision.why}", decision.rule)
+        binding = destination.listener(port, source.number)
+        if binding is None:
+            raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
+        if binding.kind != kind:
+            raise Refuse("wrong-kind", f"{where}: a {binding.kind} listener, not {kind}")
+        wanted = "put" if decision.strict else "sealed"
+        if carrier != wanted:
+            if fields["require"]:
+                raise Refuse(
+                    "path-unavailable",
+                    f"{where}: {carrier} is required, but {path_text(decision)}",
+                    decision.rule,
+                )
+            raise Refuse("use-carrier", wanted, decision.rule)
+        from_port = fields["from_port"]
+        if from_port and from_port not in attachment.leases:
+            raise Refuse("not-yours", f"connect: port {from_port} is not leased by this program")
+
+        source.tokens -= CONNECT_COSTS
+        small, large = fields["small"], fields["large"]
+        memory = small + large
+        if max(small, large) > source.limits.ring:
+            raise Refuse(
+                "limit-reached",
+                f"ring: a ring of domain {source.name} has at most {source.limits.ring} bytes",
+            )
+        over = source.over(destination, memory) or destination.over(source, 0)
+        if over is not None:
+            self._log_refused(source, where, f"limit reached: {over}", decision.rule)
+            raise Refuse("limit-reached", over)
+        listener = binding.attachment
+        if listener.crowded:
+            raise Refuse("backlog-full", f"{where}: its program does not read")
+        counters = check_lane("connect", carrier, descriptors, small, large)
+
+        number = self._new_number()
+        connection = Connection(
+            number,
+            kind,
+            carrier,
+            decision.rule,
+            path_text(decision),
+            self._clock(),
+            (source, from_port or source.choose_port()),
+            (destination, port),
+        )
+        opener, accepter = connection.opener, connection.accepter
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise Refuse("limit-reached", f"the broker is out of descriptors: {error.strerror}") from None
+        secret = int.from_bytes(os.urandom(8), "little") | 1
+        with theirs:
+            try:
+                listener.send(
+                    "incoming",
+                    0,
+                    (descriptors.fds[0], theirs.fileno()),
+                    connection=number,
+                    secret=secret,
+                    **{"from": source.number},
+                    from_name=source.name,
+                    from_port=opener.port,
+                    port=port,
+                    partner=binding.partner,
+                    kind=kind,
+                    carrier=carrier,
+                    small=small,
+                    large=large,
+                    why=connection.why,
+                    ticket=self._ticket(connection, "accepter"),
+                )
+            except BaseException:
+                ours.close()
+                raise
+        opener.hold(memory)
+        opener.counters = counters
+        opener.belong_to(attachment)
+        if not from_port:
+            opener.chosen = True
+            source.chosen.add(opener.port)
+        accepter.hold(0)
+        accepter.belong_to(listener)
+        source.pending += 1
+        destination.pending += 1
+        deadline = self._broker.loop.time() + ANSWER_S
+        connection.pending = Pending(request, binding, ours.detach(), secret, small, large, deadline)
+        binding.waiting.add(connection)
+        self.connections[number] = connection
+        self._pending.append(connection)
+        self._broker.arm()
+
+    def handle_accept(
+        self, attachment: Attachment, _: int, fields: dict[str, Any], descriptors: Descriptors
+    ) -> None:
+        connection = self.connections.get(fields["connection"])
+        if (
+            connection is None
+            or connection.pending is None
+            or connection.accepter.attachment is not attachment
+        ):
+            text = "the opener is gone, or has waited too long"
+            attachment.send("cut", 0, connection=fields["connection"], refusal="peer-gone", text=text)
+            return
+        pending = connection.pending
+        opener, accepter = connection.opener, connection.accepter
+        small, large = fields["small"], fields["large"]
+        limits = accepter.domain.limits
+        try:
+            if max(small, large) > limits.ring:
+                raise Refuse(
+                    "limit-reached",
+                    f"ring: a ring of domain {accepter.domain.name} has at most {limits.ring} bytes",
+                )
+            if accepter.domain.memory + small + large > limits.memory:
+                raise Refuse(
+                    "limit-reached", f"memory: domain {accepter.domain.name} may hold {limits.memory}"
+                )
+            accepter.counters = check_lane("accept", connection.carrier, descriptors, small, large)
+        except Refuse as refused:
+            self._broker.count_refusal(accepter.domain, refused.refusal)
+            text = bounded(refused.text)
+            attachment.send("cut", 0, connection=connection.number, refusal=refused.refusal, text=text)
+            if refused.refusal == "limit-reached":
+                self.fail_pending(connection, "limit-reached", text)
+            else:
+                self.fail_pending(connection, "peer-gone", "the listener answered with a bad lane")
+            return
+        accepter.bring(small + large)
+        assert opener.attachment is not None
+        try:
+            opener.attachment.send(
+                "connected",
+                pending.request,
+                (descriptors.fds[0], pending.bell),
+                connection=connection.number,
+                secret=pending.secret,
+                to=accepter.domain.number,
+                to_name=accepter.domain.name,
+                to_port=accepter.port,
+                from_port=opener.port,
+                carrier=connection.carrier,
+                small=small,
+                large=large,
+                why=connection.why,
+                ticket=self._ticket(connection, "opener"),
+            )
+        except OutOfDescriptors:
+            text = "no more descriptors can be in flight"
+            attachment.send("cut", 0, connection=connection.number, refusal="limit-reached", text=text)
+            self.fail_pending(connection, "limit-reached", text)
+            return
+        self._settle(connection)
+        self.opened[connection.carrier] += 1
+        opener.domain.account(connection.carrier).connections += 1
+        if accepter.domain is not opener.domain:
+            accepter.domain.account(connection.carrier).connections += 1
+        self._log_connection("open", connection, why=connection.why)
+
+    def handle_refuse(self, attachment: Attachment, _: int, fields: dict[str, Any], __: Descriptors) -> None:
+        connection = self.connections.get(fields["connection"])
+        if (
+            connection is None
+            or connection.pending is None
+            or connection.accepter.attachment is not attachment
+        ):
+            return
+        # A listener may say that it has no room, and nothing else that the broker would then vouch for.
+        refusal = fields["refusal"] if fields["refusal"] in _LISTENERS_MAY_SAY else "nobody-listens"
+        accepter = connection.accepter
+        self.fail_pending(
+            connection, refusal, f"{accepter.domain.name}:{accepter.port}: {_LISTENERS_MAY_SAY[refusal]}"
+        )
+
+    def handle_close(self, attachment: Attachment, _: int, fields: dict[str, Any], __: Descriptors) -> None:
+        connection = self.connections.get(fields["connection"])
+        side = connection.side_of(attachment) if connection is not None else None
+        # Unknown: it was cut while the message was under way.
+        if connection is not None and side is not None and connection.pending is None:
+            self.end_side(side, "closed")
+
+    def handle_resume(
+        self, attachment: Attachment, request: int, fields: dict[str, Any], descriptors: Descriptors
+    ) -> None:
+        domain = attachment.domain
+        peer = self._broker.domain_numbered(fields["peer"])
+        number, kind, carrier = fields["connection"], fields["kind"], fields["carrier"]
+        here, there = (domain.number, fields["port"]), (fields["peer"], fields["peer_port"])
+        is_opener = bool(fields["opener"])
+        ends = (*here, *there) if is_opener else (*there, *here)
+        role = "opener" if is_opener else "accepter"
+        if not self._tickets.check(fields["ticket"], number, *ends, kind, carrier, role):
+            raise Refuse("not-yours", "resume: the ticket is not for this connection")
+        if peer is None:
+            raise Refuse("domain-removed", f"resume: there is no domain {fields['peer']} any more")
+        connection = self.connections.get(number)
+        if connection is None:
+            source, destination = (domain, peer) if is_opener else (peer, domain)
+            decision = self._broker.policy.look(source, destination, ends[3])
+            if not decision.accepted:
+                raise Refuse("refused-by-rule", f"resume: {decision.why}", decision.rule)
+            if decision.strict and carrier != "put":
+                raise Refuse("refused-by-rule", f"resume: {decision.why} but is strict now", decision.rule)
+            connection = Connection(
+                number,
+                kind,
+                carrier,
+                decision.rule,
+                path_text(decision),
+                self._clock(),
+                (source, ends[1]),
+                (destination, ends[3]),
+            )
+        side = connection.opener if is_opener else connection.accepter
+        if side.held and side.attachment is not attachment and side.attachment is not None:
+            if side.attachment.is_gone():
+                side.attachment.close("gone")
+                self.handle_resume(attachment, request, fields, descriptors)
+                return
+            raise Refuse("not-yours", "resume: another program holds this connection")
+        if side.held:
+            attachment.send("done", request)
+            return
+        memory = fields["small"] + fields["large"]
+        over = domain.over(peer, memory)
+        if over is not None:
+            raise Refuse("limit-reached", over)
+        counters = check_page("resume", carrier, descriptors, fields["small"], fields["large"])
+        self.connections[number] = connection
+        side.hold(memory)
+        side.counters = counters
+        side.belong_to(attachment)
+        taken = side.port in domain.leases or side.port in domain.chosen
+        if is_opener and side.port >= CHOSEN_PORTS and not taken:
+            domain.chosen.add(side.port)
+            side.chosen = True
+        self.resumed += 1
+        self._log_connection("resume", connection, side=role)
+        attachment.send("done", request)
+
+    def _ticket(self, connection: Connection, role: str) -> bytes:
+        opener, accepter = connection.opener, connection.accepter
+        return self._tickets.make(
+            connection.number,
+            opener.domain.number,
+            opener.port,
+            accepter.domain.number,
+            accepter.port,
+            connection.kind,
+            connection.carrier,
+            role,
+        )
+
+    def _new_number(self) -> int:
+        while True:
+            number = int.from_bytes(os.urandom(8), "little") >> 1
+            if number and number not in self.connections:
+                return number
+
+    def _settle(self, connection: Connection) -> None:
+        """A pending connection is pending no more."""
+        pending = connection.pending
+        if pending is not None:
+            connection.pending = None
+            os.close(pending.bell)
+            pending.binding.waiting.discard(connection)
+            connection.opener.domain.pending -= 1
+            connection.accepter.domain.pending -= 1
+
+    def end_pending(self, connection: Connection) -> None:
+        """Nothing comes of a pending connection. If its listener answers yet, it is told by `cut`."""
+        self._settle(connection)
+        connection.opener.release()
+        connection.accepter.release()
+        self.connections.pop(connection.number, None)
+
+    def fail_pending(self, connection: Connection, refusal: str, text: str, rule: int = 0) -> None:
+        pending, attachment = connection.pending, connection.opener.attachment
+        self.end_pending(connection)
+        if pending is not None and attachment is not None:
+            self._broker.count_refusal(attachment.domain, refusal)
+            accepter = connection.accepter
+            self._log_refused(
+                attachment.domain, f"{accepter.domain.name}:{accepter.port}", text, connection.rule
+            )
+            attachment.send("refused", pending.request, refusal=refusal, rule=rule, text=bounded(text))
+
+    def end_side(self, side: Side, why: str) -> None:
+        connection = side.connection
+        side.release()
+        if not (connection.opener.held or connection.accepter.held):
+            self.connections.pop(connection.number, None)
+            self._log_connection(
+                "close", connection, why=why, seconds=round(self._clock() - connection.since, 3)
+            )
+
+    def cut(self, connection: Connection, refusal: str, text: str, rule: int = 0) -> None:
+        """Tell both ends to drop a connection. What they do with what they hold, they do to themselves."""
+        if connection.pending is not None:
+            self.fail_pending(connection, refusal, text, rule)
+            return
+        self.cuts += 1
+        for side in (connection.opener, connection.accepter):
+            if side.attachment is not None:
+                side.attachment.send(
+                    "cut", 0, connection=connection.number, refusal=refusal, text=bounded(text)
+                )
+            side.release()
+        self.connections.pop(connection.number, None)
+        self._log_connection("cut", connection, why=text, by=rule)
+
+    def handle_timeout(self, now: float) -> bool:
+        """Give up on listeners that did not answer. Returns whether any answer is still due."""
+        while self._pending:
+            connection = self._pending[0]
+            if connection.pending is not None:
+                if connection.pending.deadline > now:
+                    break
+                self.fail_pending(connection, "timed-out", "the listener's program did not answer")
+            self._pending.popleft()
+        return bool(self._pending)
+
+    def _log_refused(self, source: Domain, where: str, why: str, rule: int) -> None:
+        self._log.tenant(source.name, "refuse", to=where, rule=rule, why=why)
+
+    def _log_connection(self, event: str, connection: Connection, **more: Any) -> None:
+        opener, accepter = connection.opener, connection.accepter
+        self._log.tenant(
+            opener.domain.name,
+            event,
+            connection=f"{connection.number:016x}",
+            port=opener.port,
+            peer=accepter.domain.name,
+            peer_port=accepter.port,
+            path=connection.carrier,
+            rule=connection.rule,
+            **more,
+        )
