@@ -36,11 +36,7 @@ impl FromStr for Pages {
         match word {
             "4k" => Ok(Self::Small),
             "huge" => Ok(Self::Huge),
-            _ => Err(BenchError::UnknownWord {
-                what: "pages",
-                word: word.to_owned(),
-                choices: "4k, huge",
-            }),
+            _ => Err(BenchError::UnknownWord { what: "pages", word: word.to_owned(), choices: "4k, huge" }),
         }
     }
 }
@@ -52,11 +48,7 @@ impl FromStr for Data {
         match word {
             "hot" => Ok(Self::Hot),
             "cold" => Ok(Self::Cold),
-            _ => Err(BenchError::UnknownWord {
-                what: "data",
-                word: word.to_owned(),
-                choices: "hot, cold",
-            }),
+            _ => Err(BenchError::UnknownWord { what: "data", word: word.to_owned(), choices: "hot, cold" }),
         }
     }
 }
@@ -73,10 +65,7 @@ impl Memory {
     pub(crate) fn new(len: usize, pages: Pages) -> Result<Self, BenchError> {
         let len = len.next_multiple_of(HUGE_PAGE);
         let mapped = len + HUGE_PAGE;
-        let refused = |source: rustix::io::Errno| BenchError::Memory {
-            bytes: mapped,
-            source: source.into(),
-        };
+        let refused = |source: rustix::io::Errno| BenchError::Memory { bytes: mapped, source: source.into() };
         // SAFETY: a fresh anonymous mapping, placed by the kernel, touches nothing that exists.
         let mapping = unsafe {
             mmap_anonymous(
@@ -87,17 +76,11 @@ impl Memory {
             )
         }
         .map_err(refused)?;
-        let mapping =
-            NonNull::new(mapping.cast::<u8>()).ok_or_else(|| refused(rustix::io::Errno::NOMEM))?;
+        let mapping = NonNull::new(mapping.cast::<u8>()).ok_or_else(|| refused(rustix::io::Errno::NOMEM))?;
         let ahead = mapping.as_ptr().addr().next_multiple_of(HUGE_PAGE) - mapping.as_ptr().addr();
         // SAFETY: `ahead` is less than HUGE_PAGE, so the sum is inside the mapping of `len + HUGE_PAGE` bytes.
         let start = unsafe { mapping.add(ahead) };
-        let mut memory = Self {
-            mapping,
-            mapped,
-            start,
-            len,
-        };
+        let mut memory = Self { mapping, mapped, start, len };
         let advice = match pages {
             Pages::Small => Advice::LinuxNoHugepage,
             Pages::Huge => Advice::LinuxHugepage,
@@ -142,13 +125,7 @@ impl Walk {
             Data::Hot => 1,
             Data::Cold => (COLD_BYTES / stride).max(2),
         };
-        Ok(Self {
-            memory: Memory::new(stride * slots, pages)?,
-            size,
-            stride,
-            slots,
-            slot: slots - 1,
-        })
+        Ok(Self { memory: Memory::new(stride * slots, pages)?, size, stride, slots, slot: slots - 1 })
     }
 
     /// The same walk with every message holding the pattern that [`check`] knows.
@@ -163,11 +140,7 @@ impl Walk {
 
     #[inline(always)]
     pub(crate) fn step(&mut self) -> &mut [u8] {
-        self.slot = if self.slot + 1 == self.slots {
-            0
-        } else {
-            self.slot + 1
-        };
+        self.slot = if self.slot + 1 == self.slots { 0 } else { self.slot + 1 };
         let (start, size) = (self.slot * self.stride, self.size);
         &mut self.memory.bytes()[start..start + size]
     }
@@ -184,11 +157,7 @@ pub(crate) fn check(message: &[u8]) -> Result<(), BenchError> {
     for (offset, &found) in message.iter().enumerate().skip(1) {
         let expected = pattern_byte(offset);
         if found != expected {
-            return Err(BenchError::WrongBytes {
-                offset,
-                expected,
-                found,
-            });
+            return Err(BenchError::WrongBytes { offset, expected, found });
         }
     }
     Ok(())
@@ -205,11 +174,7 @@ mod tests {
         let mut cold = Walk::new(64 << 20, Pages::Small, Data::Cold).expect("memory");
         let (first, second) = (cold.step().as_ptr().addr(), cold.step().as_ptr().addr());
         assert_eq!(second - first, 64 << 20);
-        assert_eq!(
-            cold.step().as_ptr().addr(),
-            first,
-            "two slots of 64 MiB make 128 MiB"
-        );
+        assert_eq!(cold.step().as_ptr().addr(), first, "two slots of 64 MiB make 128 MiB");
     }
 
     #[test]
@@ -218,17 +183,11 @@ mod tests {
         let message = walk.step();
         assert!(check(message).is_ok());
         message[69_000] ^= 1;
-        assert!(matches!(
-            check(message),
-            Err(BenchError::WrongBytes { offset: 69_000, .. })
-        ));
+        assert!(matches!(check(message), Err(BenchError::WrongBytes { offset: 69_000, .. })));
     }
 
     #[test]
     fn an_empty_message_is_refused() {
-        assert!(matches!(
-            Walk::new(0, Pages::Small, Data::Hot),
-            Err(BenchError::EmptyMessage)
-        ));
+        assert!(matches!(Walk::new(0, Pages::Small, Data::Hot), Err(BenchError::EmptyMessage)));
     }
 }

@@ -43,8 +43,8 @@ pub fn cacheline(cpus: Option<(usize, usize)>, duration: Duration) -> Result<Lat
             pinned
         });
         let asking = scope.spawn(|| -> Result<Latency, BenchError> {
-            let found = pin(cpus.map(|(first, _)| first))
-                .map(|()| ask(&clock, &ping.0, &pong.0, &over, duration));
+            let found =
+                pin(cpus.map(|(first, _)| first)).map(|()| ask(&clock, &ping.0, &pong.0, &over, duration));
             over.store(true, Ordering::Relaxed);
             found
         });
@@ -57,13 +57,7 @@ pub fn cacheline(cpus: Option<(usize, usize)>, duration: Duration) -> Result<Lat
     })
 }
 
-fn ask(
-    clock: &Clock,
-    ping: &AtomicU64,
-    pong: &AtomicU64,
-    over: &AtomicBool,
-    duration: Duration,
-) -> Latency {
+fn ask(clock: &Clock, ping: &AtomicU64, pong: &AtomicU64, over: &AtomicBool, duration: Duration) -> Latency {
     let mut histogram = Histogram::new();
     let cpu = cpu_seconds();
     let started = clock.ticks();
@@ -81,11 +75,8 @@ fn ask(
         histogram.record(after - before);
         before = after;
     }
-    let one_way_us = |part| {
-        histogram
-            .quantile(part)
-            .map_or(f64::NAN, |ticks| ticks * clock.nanoseconds(1) / 2e3)
-    };
+    let one_way_us =
+        |part| histogram.quantile(part).map_or(f64::NAN, |ticks| ticks * clock.nanoseconds(1) / 2e3);
     Latency {
         p50_us: one_way_us(0.5),
         p99_us: one_way_us(0.99),
@@ -97,10 +88,7 @@ fn ask(
 
 fn pin(cpu: Option<usize>) -> Result<(), BenchError> {
     let Some(cpu) = cpu else { return Ok(()) };
-    let refused = |source: rustix::io::Errno| BenchError::NoSuchCpu {
-        cpu,
-        source: source.into(),
-    };
+    let refused = |source: rustix::io::Errno| BenchError::NoSuchCpu { cpu, source: source.into() };
     if cpu >= CpuSet::MAX_CPU {
         return Err(refused(rustix::io::Errno::INVAL));
     }
@@ -122,12 +110,8 @@ mod tests {
     #[test]
     fn a_processor_that_is_not_there_is_named() {
         for cpu in [CpuSet::MAX_CPU - 1, CpuSet::MAX_CPU] {
-            let error =
-                cacheline(Some((0, cpu)), Duration::from_millis(5)).expect_err("no such processor");
-            assert!(
-                error.to_string().contains(&format!("processor {cpu}")),
-                "{error}"
-            );
+            let error = cacheline(Some((0, cpu)), Duration::from_millis(5)).expect_err("no such processor");
+            assert!(error.to_string().contains(&format!("processor {cpu}")), "{error}");
         }
     }
 }

@@ -32,11 +32,7 @@ impl Clock {
     fn calibrate() -> Self {
         let origin = Instant::now();
         if !has_counter() {
-            return Self {
-                counter: false,
-                ns_per_tick: 1.0,
-                origin,
-            };
+            return Self { counter: false, ns_per_tick: 1.0, origin };
         }
         let first = counter();
         while origin.elapsed() < CALIBRATION {
@@ -44,21 +40,13 @@ impl Clock {
         }
         let elapsed = origin.elapsed();
         let ticks = counter().wrapping_sub(first).max(1);
-        Self {
-            counter: true,
-            ns_per_tick: elapsed.as_nanos() as f64 / ticks as f64,
-            origin,
-        }
+        Self { counter: true, ns_per_tick: elapsed.as_nanos() as f64 / ticks as f64, origin }
     }
 
     /// Ticks since some moment; only differences mean anything.
     #[inline(always)]
     pub fn ticks(&self) -> u64 {
-        if self.counter {
-            counter()
-        } else {
-            self.origin.elapsed().as_nanos() as u64
-        }
+        if self.counter { counter() } else { self.origin.elapsed().as_nanos() as u64 }
     }
 
     pub fn nanoseconds(&self, ticks: u64) -> f64 {
@@ -123,9 +111,6 @@ mod tests {
         while start.elapsed() < Duration::from_millis(20) {}
         let measured = clock.seconds(clock.ticks() - first);
         let wall = start.elapsed().as_secs_f64();
-        assert!(
-            (measured / wall - 1.0).abs() < 0.05,
-            "{measured} against {wall}"
-        );
+        assert!((measured / wall - 1.0).abs() < 0.05, "{measured} against {wall}");
     }
 }

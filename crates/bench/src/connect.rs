@@ -36,11 +36,7 @@ impl FromStr for Address {
         if word.starts_with('/') {
             return Ok(Self::Unix(Path::new(word).to_owned()));
         }
-        word.parse()
-            .map(Self::Tcp)
-            .map_err(|_| BenchError::BadAddress {
-                address: word.to_owned(),
-            })
+        word.parse().map(Self::Tcp).map_err(|_| BenchError::BadAddress { address: word.to_owned() })
     }
 }
 
@@ -67,11 +63,7 @@ pub fn connect_client(
         Address::Unix(path) => UnixStream::connect(path).and_then(|stream| visit(stream, byte)),
     };
     let clock = Clock::start();
-    let mut found = Connects {
-        connections: 0,
-        seconds: 0.0,
-        cpu_s: 0.0,
-    };
+    let mut found = Connects { connections: 0, seconds: 0.0, cpu_s: 0.0 };
     for duration in [warmup, duration] {
         let cpu = cpu_seconds();
         let started = clock.ticks();
@@ -130,11 +122,7 @@ fn serve<S: Read>(mut accept: impl FnMut() -> io::Result<S>) -> Result<Connects,
         let (started, cpu) = *begun.get_or_insert_with(|| (clock.ticks(), cpu_seconds()));
         if byte != [0] {
             let seconds = clock.seconds(clock.ticks() - started);
-            return Ok(Connects {
-                connections,
-                seconds,
-                cpu_s: cpu_seconds() - cpu,
-            });
+            return Ok(Connects { connections, seconds, cpu_s: cpu_seconds() - cpu });
         }
     }
 }
@@ -147,15 +135,9 @@ mod tests {
 
     #[test]
     fn an_address_is_a_socket_address_or_a_path() {
-        assert_eq!(
-            "/tmp/door".parse::<Address>().expect("path"),
-            Address::Unix("/tmp/door".into())
-        );
+        assert_eq!("/tmp/door".parse::<Address>().expect("path"), Address::Unix("/tmp/door".into()));
         assert!(matches!("10.0.0.1:80".parse(), Ok(Address::Tcp(_))));
-        assert!(matches!(
-            "worker-7".parse::<Address>(),
-            Err(BenchError::BadAddress { .. })
-        ));
+        assert!(matches!("worker-7".parse::<Address>(), Err(BenchError::BadAddress { .. })));
     }
 
     #[test]
@@ -163,14 +145,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listener");
         let address = Address::Tcp(listener.local_addr().expect("address"));
         let server = spawn(move || connect_server(listener.as_raw_fd()));
-        let found =
-            connect_client(&address, Duration::ZERO, Duration::from_millis(5)).expect("client");
+        let found = connect_client(&address, Duration::ZERO, Duration::from_millis(5)).expect("client");
         let served = server.join().expect("thread").expect("server");
         assert!(found.connections >= 1);
-        assert_eq!(
-            served.connections,
-            found.connections + 2,
-            "one to warm up, one to end"
-        );
+        assert_eq!(served.connections, found.connections + 2, "one to warm up, one to end");
     }
 }

@@ -75,17 +75,11 @@ unsafe fn streaming(from: *const u8, to: *mut u8, len: usize) {
     // which the streaming stores need. SSE2 is part of x86-64.
     unsafe {
         std::ptr::copy_nonoverlapping(from, to, head);
-        let (source, target) = (
-            from.add(head).cast::<__m128i>(),
-            to.add(head).cast::<__m128i>(),
-        );
+        let (source, target) = (from.add(head).cast::<__m128i>(), to.add(head).cast::<__m128i>());
         for line in 0..lines {
             let (source, target) = (source.add(line * 4), target.add(line * 4));
             let (a, b) = (_mm_loadu_si128(source), _mm_loadu_si128(source.add(1)));
-            let (c, d) = (
-                _mm_loadu_si128(source.add(2)),
-                _mm_loadu_si128(source.add(3)),
-            );
+            let (c, d) = (_mm_loadu_si128(source.add(2)), _mm_loadu_si128(source.add(3)));
             _mm_stream_si128(target, a);
             _mm_stream_si128(target.add(1), b);
             _mm_stream_si128(target.add(2), c);
@@ -117,33 +111,12 @@ mod tests {
     fn every_way_copies_every_length_and_alignment() {
         let source: Vec<u8> = (0..1000_u32).map(|i| (i * 7) as u8).collect();
         for copy in Copy::ALL {
-            for (skip, len) in [
-                (0, 0),
-                (0, 1),
-                (1, 63),
-                (3, 64),
-                (5, 65),
-                (0, 500),
-                (7, 993),
-            ] {
+            for (skip, len) in [(0, 0), (0, 1), (1, 63), (3, 64), (5, 65), (0, 500), (7, 993)] {
                 let mut target = vec![0; 1100];
                 // SAFETY: `skip + len` is within both vectors, which are apart.
-                unsafe {
-                    copy.run(
-                        source.as_ptr().add(skip),
-                        target.as_mut_ptr().add(skip * 3),
-                        len,
-                    )
-                };
-                assert_eq!(
-                    &target[skip * 3..skip * 3 + len],
-                    &source[skip..skip + len],
-                    "{copy:?}"
-                );
-                assert!(
-                    target[skip * 3 + len..].iter().all(|&byte| byte == 0),
-                    "{copy:?} wrote too far"
-                );
+                unsafe { copy.run(source.as_ptr().add(skip), target.as_mut_ptr().add(skip * 3), len) };
+                assert_eq!(&target[skip * 3..skip * 3 + len], &source[skip..skip + len], "{copy:?}");
+                assert!(target[skip * 3 + len..].iter().all(|&byte| byte == 0), "{copy:?} wrote too far");
             }
         }
     }

@@ -26,12 +26,7 @@ impl FdStream {
     pub fn new(fd: OwnedFd, wait: Wait) -> Self {
         let clock = Clock::start();
         let spin = wait.spin().map_or(u64::MAX, |spin| clock.ticks_in(spin));
-        Self {
-            fd,
-            wait,
-            clock,
-            spin,
-        }
+        Self { fd, wait, clock, spin }
     }
 
     /// The same over a duplicate of somebody else's descriptor, who keeps theirs.
@@ -97,11 +92,7 @@ impl Transport for FdStream {
         let mut rest = message;
         while !rest.is_empty() {
             let sent = self.wait_for(PollFlags::OUT, |fd, may_sleep| {
-                let flags = if may_sleep {
-                    SendFlags::empty()
-                } else {
-                    SendFlags::DONTWAIT
-                };
+                let flags = if may_sleep { SendFlags::empty() } else { SendFlags::DONTWAIT };
                 send(fd, rest, flags | SendFlags::NOSIGNAL)
             })?;
             rest = &rest[sent..];
@@ -114,11 +105,7 @@ impl Transport for FdStream {
         let mut filled = 0;
         while filled < message.len() {
             let got = self.wait_for(PollFlags::IN, |fd, may_sleep| {
-                let flags = if may_sleep {
-                    RecvFlags::empty()
-                } else {
-                    RecvFlags::DONTWAIT
-                };
+                let flags = if may_sleep { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
                 recv(fd, &mut message[filled..], flags).map(|(got, _)| got)
             })?;
             if got == 0 {
@@ -139,13 +126,8 @@ mod tests {
     #[test]
     fn a_closed_descriptor_is_an_error_and_not_a_crash() {
         for fd in [-1, 1_000_000] {
-            let error = FdStream::duplicate(fd, Wait::Block)
-                .err()
-                .expect("no such descriptor");
-            assert!(
-                error.to_string().starts_with("duplicating the descriptor"),
-                "{error}"
-            );
+            let error = FdStream::duplicate(fd, Wait::Block).err().expect("no such descriptor");
+            assert!(error.to_string().starts_with("duplicating the descriptor"), "{error}");
         }
     }
 
@@ -162,9 +144,6 @@ mod tests {
         stream.recv_exact(&mut message).expect("seven bytes");
         assert_eq!(&message, b"isthmus");
         sender.join().expect("sender");
-        assert_eq!(
-            stream.recv_exact(&mut message).expect_err("closed").kind(),
-            io::ErrorKind::UnexpectedEof
-        );
+        assert_eq!(stream.recv_exact(&mut message).expect_err("closed").kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -22,10 +22,7 @@ impl Default for Histogram {
 
 impl Histogram {
     pub fn new() -> Self {
-        Self {
-            counts: vec![0; BUCKETS],
-            count: 0,
-        }
+        Self { counts: vec![0; BUCKETS], count: 0 }
     }
 
     #[inline(always)]
@@ -106,10 +103,7 @@ mod tests {
         assert_eq!(histogram.count(), 1000);
         for (part, expected) in [(0.5, 500.0), (0.99, 990.0), (0.0, 1.0), (1.0, 1000.0)] {
             let found = histogram.quantile(part).expect("values were recorded");
-            assert!(
-                (found - expected).abs() <= expected / 128.0,
-                "{part}: {found}"
-            );
+            assert!((found - expected).abs() <= expected / 128.0, "{part}: {found}");
         }
     }
 }

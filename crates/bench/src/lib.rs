@@ -34,8 +34,8 @@ pub use error::BenchError;
 pub use fd::FdStream;
 pub use histogram::Histogram;
 pub use loops::{
-    Latency, Mark, Plan, Served, Throughput, Transport, pingpong_client, pingpong_server,
-    stream_receiver, stream_sender,
+    Latency, Mark, Plan, Served, Throughput, Transport, pingpong_client, pingpong_server, stream_receiver,
+    stream_sender,
 };
 pub use memcpy::memcpy;
 pub use report::{Part, Report, play};

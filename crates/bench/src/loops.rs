@@ -63,14 +63,7 @@ pub struct Plan {
 impl Plan {
     /// Hot data on ordinary pages, no pause.
     pub fn new(size: usize, warmup: Duration, duration: Duration) -> Self {
-        Self {
-            size,
-            warmup,
-            duration,
-            gap: Duration::ZERO,
-            pages: Pages::Small,
-            data: Data::Hot,
-        }
+        Self { size, warmup, duration, gap: Duration::ZERO, pages: Pages::Small, data: Data::Hot }
     }
 }
 
@@ -117,12 +110,8 @@ impl<T: Transport> End<'_, T> {
     fn round_trip(&mut self, mark: Mark) -> Result<&[u8], BenchError> {
         let message = self.walk.step();
         message[0] = mark as u8;
-        self.transport
-            .send(message)
-            .map_err(BenchError::transport("sending a ping"))?;
-        self.transport
-            .recv_exact(message)
-            .map_err(BenchError::transport("receiving a pong"))?;
+        self.transport.send(message).map_err(BenchError::transport("sending a ping"))?;
+        self.transport.recv_exact(message).map_err(BenchError::transport("receiving a pong"))?;
         Ok(message)
     }
 
@@ -130,17 +119,13 @@ impl<T: Transport> End<'_, T> {
     fn send(&mut self, mark: Mark) -> Result<(), BenchError> {
         let message = self.walk.step();
         message[0] = mark as u8;
-        self.transport
-            .send(message)
-            .map_err(BenchError::transport("sending a message"))
+        self.transport.send(message).map_err(BenchError::transport("sending a message"))
     }
 
     #[inline(always)]
     fn receive(&mut self) -> Result<(Mark, &[u8]), BenchError> {
         let message = self.walk.step();
-        self.transport
-            .recv_exact(message)
-            .map_err(BenchError::transport("receiving a message"))?;
+        self.transport.recv_exact(message).map_err(BenchError::transport("receiving a message"))?;
         Ok((Mark::of(message)?, message))
     }
 }
@@ -150,15 +135,9 @@ impl<T: Transport> End<'_, T> {
 /// # Errors
 ///
 /// [`BenchError`] when the transport fails or the last echo is not what was sent.
-pub fn pingpong_client<T: Transport>(
-    transport: &mut T,
-    plan: &Plan,
-) -> Result<Latency, BenchError> {
+pub fn pingpong_client<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Latency, BenchError> {
     let clock = Clock::start();
-    let mut end = End {
-        transport,
-        walk: Walk::filled(plan.size, plan.pages, plan.data)?,
-    };
+    let mut end = End { transport, walk: Walk::filled(plan.size, plan.pages, plan.data)? };
 
     let warm_until = clock.ticks() + clock.ticks_in(plan.warmup);
     loop {
@@ -190,11 +169,8 @@ pub fn pingpong_client<T: Transport>(
     let cpu_s = cpu_seconds() - cpu;
 
     check(end.round_trip(Mark::Last)?)?;
-    let one_way_us = |part| {
-        histogram
-            .quantile(part)
-            .map_or(f64::NAN, |ticks| ticks * clock.nanoseconds(1) / 2e3)
-    };
+    let one_way_us =
+        |part| histogram.quantile(part).map_or(f64::NAN, |ticks| ticks * clock.nanoseconds(1) / 2e3);
     Ok(Latency {
         p50_us: one_way_us(0.5),
         p99_us: one_way_us(0.99),
@@ -210,33 +186,22 @@ pub fn pingpong_client<T: Transport>(
 ///
 /// [`BenchError`] when the transport fails or a message has no mark.
 pub fn pingpong_server<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Served, BenchError> {
-    let mut end = End {
-        transport,
-        walk: Walk::new(plan.size, plan.pages, plan.data)?,
-    };
+    let mut end = End { transport, walk: Walk::new(plan.size, plan.pages, plan.data)? };
     let mut messages = 0;
     // The wait for the first message is the client's start, not work.
     let mut cpu = 0.0;
     loop {
         let message = end.walk.step();
-        end.transport
-            .recv_exact(message)
-            .map_err(BenchError::transport("receiving a ping"))?;
+        end.transport.recv_exact(message).map_err(BenchError::transport("receiving a ping"))?;
         if messages == 0 {
             cpu = cpu_seconds();
         }
         messages += 1;
         let mark = Mark::of(message)?;
-        end.transport
-            .send(message)
-            .map_err(BenchError::transport("sending a pong"))?;
+        end.transport.send(message).map_err(BenchError::transport("sending a pong"))?;
         if mark == Mark::Last {
             let bytes = messages * plan.size as u64;
-            return Ok(Served {
-                messages,
-                bytes,
-                cpu_s: cpu_seconds() - cpu,
-            });
+            return Ok(Served { messages, bytes, cpu_s: cpu_seconds() - cpu });
         }
     }
 }
@@ -251,10 +216,7 @@ const BYTES_BETWEEN_CLOCK_READS: usize = 32 * 1024;
 /// [`BenchError`] when the transport fails.
 pub fn stream_sender<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Served, BenchError> {
     let clock = Clock::start();
-    let mut end = End {
-        transport,
-        walk: Walk::filled(plan.size, plan.pages, plan.data)?,
-    };
+    let mut end = End { transport, walk: Walk::filled(plan.size, plan.pages, plan.data)? };
     let burst = (BYTES_BETWEEN_CLOCK_READS / plan.size).clamp(1, 64);
     let cpu = cpu_seconds();
     let mut messages = 1;
@@ -274,11 +236,7 @@ pub fn stream_sender<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Ser
     end.transport
         .recv_exact(&mut [0])
         .map_err(BenchError::transport("waiting for the receiver to finish"))?;
-    Ok(Served {
-        messages,
-        bytes: messages * plan.size as u64,
-        cpu_s: cpu_seconds() - cpu,
-    })
+    Ok(Served { messages, bytes: messages * plan.size as u64, cpu_s: cpu_seconds() - cpu })
 }
 
 /// Receive messages until the last, into a private buffer.
@@ -286,15 +244,9 @@ pub fn stream_sender<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Ser
 /// # Errors
 ///
 /// [`BenchError`] when the transport fails, a message has no mark, or the last one does not hold what was sent.
-pub fn stream_receiver<T: Transport>(
-    transport: &mut T,
-    plan: &Plan,
-) -> Result<Throughput, BenchError> {
+pub fn stream_receiver<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Throughput, BenchError> {
     let clock = Clock::start();
-    let mut end = End {
-        transport,
-        walk: Walk::new(plan.size, plan.pages, plan.data)?,
-    };
+    let mut end = End { transport, walk: Walk::new(plan.size, plan.pages, plan.data)? };
     let (mut mark, _) = end.receive()?;
     let cpu = cpu_seconds();
     let mut warm = 0;
@@ -315,17 +267,9 @@ pub fn stream_receiver<T: Transport>(
     let seconds = clock.seconds(clock.ticks() - started);
     let cpu_s = cpu_seconds() - cpu;
     check(last)?;
-    end.transport
-        .send(&[0])
-        .map_err(BenchError::transport("saying that all has arrived"))?;
+    end.transport.send(&[0]).map_err(BenchError::transport("saying that all has arrived"))?;
     let size = plan.size as u64;
-    Ok(Throughput {
-        messages,
-        bytes: messages * size,
-        seconds,
-        cpu_s,
-        total_bytes: (warm + messages) * size,
-    })
+    Ok(Throughput { messages, bytes: messages * size, seconds, cpu_s, total_bytes: (warm + messages) * size })
 }
 
 #[cfg(test)]
@@ -342,10 +286,7 @@ mod tests {
 
     fn sockets(wait: Wait) -> (FdStream, FdStream) {
         let (left, right) = UnixStream::pair().expect("socketpair");
-        (
-            FdStream::new(left.into(), wait),
-            FdStream::new(right.into(), wait),
-        )
+        (FdStream::new(left.into(), wait), FdStream::new(right.into(), wait))
     }
 
     fn rings(wait: Wait) -> (MappedRing, MappedRing) {
@@ -382,13 +323,7 @@ mod tests {
 
     #[test]
     fn both_loops_end_over_the_mapped_ring_however_it_waits() {
-        for wait in [
-            Wait::Spin,
-            Wait::Adaptive {
-                spin: Duration::from_micros(5),
-            },
-            Wait::Block,
-        ] {
+        for wait in [Wait::Spin, Wait::Adaptive { spin: Duration::from_micros(5) }, Wait::Block] {
             for size in [1, 64, 65_536, 300_001] {
                 let (left, right) = rings(wait);
                 both_loops(left, right, Plan::new(size, MOMENT, MOMENT));
@@ -399,11 +334,7 @@ mod tests {
     #[test]
     fn cold_messages_on_huge_pages_hold_the_right_bytes_too() {
         let (left, right) = rings(Wait::Block);
-        let plan = Plan {
-            data: Data::Cold,
-            pages: Pages::Huge,
-            ..Plan::new(4 << 20, MOMENT, MOMENT)
-        };
+        let plan = Plan { data: Data::Cold, pages: Pages::Huge, ..Plan::new(4 << 20, MOMENT, MOMENT) };
         both_loops(left, right, plan);
     }
 
@@ -441,10 +372,7 @@ mod tests {
     fn a_transport_that_damages_messages_gets_no_figure() {
         let plan = Plan::new(64, Duration::ZERO, Duration::ZERO);
         let error = pingpong_client(&mut Flip(Vec::new()), &plan).expect_err("damaged");
-        assert!(
-            matches!(error, BenchError::WrongBytes { offset: 32, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, BenchError::WrongBytes { offset: 32, .. }), "{error}");
     }
 
     #[test]
@@ -452,14 +380,8 @@ mod tests {
         let (mut left, mut right) = sockets(Wait::Block);
         let plan = Plan::new(2, Duration::ZERO, Duration::ZERO);
         left.send(&[9, 9]).expect("send");
-        assert!(matches!(
-            pingpong_server(&mut right, &plan),
-            Err(BenchError::UnknownMark { mark: 9 })
-        ));
+        assert!(matches!(pingpong_server(&mut right, &plan), Err(BenchError::UnknownMark { mark: 9 })));
         left.send(&[0, 9]).expect("send");
-        assert!(matches!(
-            stream_receiver(&mut right, &plan),
-            Err(BenchError::UnknownMark { mark: 0 })
-        ));
+        assert!(matches!(stream_receiver(&mut right, &plan), Err(BenchError::UnknownMark { mark: 0 })));
     }
 }

@@ -49,13 +49,7 @@ pub fn memcpy(
     }
     let bytes = messages * size as u64;
     let seconds = clock.seconds((now - started).max(1));
-    Ok(Throughput {
-        messages,
-        bytes,
-        seconds,
-        cpu_s: cpu_seconds() - cpu,
-        total_bytes: bytes,
-    })
+    Ok(Throughput { messages, bytes, seconds, cpu_s: cpu_seconds() - cpu, total_bytes: bytes })
 }
 
 #[cfg(test)]
@@ -65,14 +59,8 @@ mod tests {
     #[test]
     fn every_way_of_copying_gives_a_figure() {
         for copy in Copy::ALL {
-            let found = memcpy(
-                4096,
-                Duration::from_millis(2),
-                Pages::Small,
-                Data::Hot,
-                copy,
-            )
-            .expect("memory");
+            let found =
+                memcpy(4096, Duration::from_millis(2), Pages::Small, Data::Hot, copy).expect("memory");
             assert!(found.bytes >= 4096 && found.seconds > 0.0);
         }
     }

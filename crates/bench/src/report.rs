@@ -6,7 +6,8 @@ use crate::{
     connect::Connects,
     error::BenchError,
     loops::{
-        Latency, Plan, Served, Throughput, Transport, pingpong_client, pingpong_server, stream_receiver, stream_sender,
+        Latency, Plan, Served, Throughput, Transport, pingpong_client, pingpong_server, stream_receiver,
+        stream_sender,
     },
 };
 
@@ -92,12 +93,7 @@ impl From<Served> for Report {
 
 impl From<Connects> for Report {
     fn from(found: Connects) -> Self {
-        Self {
-            count: found.connections,
-            seconds: Some(found.seconds),
-            cpu_s: found.cpu_s,
-            ..Self::default()
-        }
+        Self { count: found.connections, seconds: Some(found.seconds), cpu_s: found.cpu_s, ..Self::default() }
     }
 }
 
@@ -125,13 +121,12 @@ mod tests {
     #[test]
     fn each_end_reports_what_it_can_know() {
         let plan = Plan::new(100, Duration::ZERO, Duration::from_millis(2));
-        let parts = [
-            (Part::PingpongClient, Part::PingpongServer),
-            (Part::StreamSender, Part::StreamReceiver),
-        ];
+        let parts =
+            [(Part::PingpongClient, Part::PingpongServer), (Part::StreamSender, Part::StreamReceiver)];
         for (here, there) in parts {
             let (left, right) = UnixStream::pair().expect("socketpair");
-            let other = std::thread::spawn(move || play(&mut FdStream::new(right.into(), Wait::Block), there, &plan));
+            let other =
+                std::thread::spawn(move || play(&mut FdStream::new(right.into(), Wait::Block), there, &plan));
             let client = play(&mut FdStream::new(left.into(), Wait::Block), here, &plan).expect("client");
             let server = other.join().expect("thread").expect("server");
             assert_eq!(client.p50_us.is_some(), here == Part::PingpongClient);

@@ -27,9 +27,7 @@ use rustix::{
     time::Timespec,
 };
 
-use crate::{
-    clock::Clock, copy::Copy, error::BenchError, fd::duplicate, loops::Transport, wait::Wait,
-};
+use crate::{clock::Clock, copy::Copy, error::BenchError, fd::duplicate, loops::Transport, wait::Wait};
 
 /// Bytes of one direction's ring: one huge page.
 pub const RING_BYTES: usize = 2 << 20;
@@ -46,10 +44,7 @@ const CREDIT_BYTES: u64 = RING_BYTES as u64 / 8;
 /// From this size on `rep movsb` is the best way to copy between caches.
 const STRING_FROM: usize = 1024;
 /// A sleeper looks again after this long, so a wake that never comes costs time and not the run.
-const NAP: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 50_000_000,
-};
+const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 /// Polls between two looks at whether the other end has left.
 const POLLS_BETWEEN_LOOKS: u32 = 1 << 16;
 
@@ -97,12 +92,7 @@ struct Direction {
 impl Direction {
     fn new(index: usize) -> Self {
         let control = 2 * RING_BYTES + index * size_of::<Control>();
-        Self {
-            ring: index * RING_BYTES,
-            control,
-            position: 0,
-            credit: 0,
-        }
+        Self { ring: index * RING_BYTES, control, position: 0, credit: 0 }
     }
 
     /// Bytes from the position to the end of the ring's memory.
@@ -122,10 +112,7 @@ impl MappedRing {
     ///
     /// [`BenchError::Memory`] when the kernel has none.
     pub fn memory() -> Result<OwnedFd, BenchError> {
-        let refused = |source: Errno| BenchError::Memory {
-            bytes: TOTAL_BYTES,
-            source: source.into(),
-        };
+        let refused = |source: Errno| BenchError::Memory { bytes: TOTAL_BYTES, source: source.into() };
         let memory = memfd_create("isthmus-bench-ring", MemfdFlags::CLOEXEC).map_err(refused)?;
         ftruncate(&memory, TOTAL_BYTES as u64).map_err(refused)?;
         Ok(memory)
@@ -163,19 +150,12 @@ impl MappedRing {
 
     /// Copy to the receiver past its caches: better when the destination is larger than they are.
     pub fn with_streaming_copies(mut self, streaming: bool) -> Self {
-        self.copy_out = if streaming {
-            Copy::Streaming
-        } else {
-            Copy::String
-        };
+        self.copy_out = if streaming { Copy::Streaming } else { Copy::String };
         self
     }
 
     fn send_chunk(&mut self, chunk: &[u8]) -> io::Result<usize> {
-        let len = chunk
-            .len()
-            .min(CHUNK_BYTES)
-            .min(self.out.contiguous() - HEADER);
+        let len = chunk.len().min(CHUNK_BYTES).min(self.out.contiguous() - HEADER);
         let step = (HEADER + len).next_multiple_of(LINE) as u64;
         self.wait_for_room(step)?;
         let header = self.map.at(self.out.ring + self.out.offset());
@@ -211,12 +191,9 @@ impl MappedRing {
         let control = self.map.control(&self.out);
         let gone = &self.map.control(&self.into).closed.0;
         let position = self.out.position;
-        let credit = self.wait_until(
-            &control.credit.0,
-            &control.sender_sleeps.0,
-            gone,
-            |credit| enough(credit, position),
-        )?;
+        let credit = self.wait_until(&control.credit.0, &control.sender_sleeps.0, gone, |credit| {
+            enough(credit, position)
+        })?;
         self.out.credit = credit;
         Ok(())
     }
@@ -227,12 +204,7 @@ impl MappedRing {
         let expected = stamp(self.into.position);
         if word.load(Ordering::Acquire) != expected {
             let control = self.map.control(&self.into);
-            self.wait_until(
-                word,
-                &control.receiver_sleeps.0,
-                &control.closed.0,
-                |found| found == expected,
-            )?;
+            self.wait_until(word, &control.receiver_sleeps.0, &control.closed.0, |found| found == expected)?;
         }
         // SAFETY: the header's 16 bytes are inside the mapping; the stamp was read with Acquire and is the sender's
         // last write, so the length and the payload are complete.
@@ -244,14 +216,7 @@ impl MappedRing {
             ));
         }
         // SAFETY: `len` was bounded by the ring's end and by `target` just above.
-        unsafe {
-            copy_out(
-                self.copy_out,
-                header.as_ptr().add(HEADER),
-                target.as_mut_ptr(),
-                len,
-            )
-        };
+        unsafe { copy_out(self.copy_out, header.as_ptr().add(HEADER), target.as_mut_ptr(), len) };
         self.into.position += (HEADER + len).next_multiple_of(LINE) as u64;
         if self.into.position - self.into.credit >= CREDIT_BYTES {
             self.give_credit()?;
@@ -310,11 +275,7 @@ impl MappedRing {
             if gone.load(Ordering::Relaxed) != 0 {
                 fence(Ordering::Acquire);
                 let found = word.load(Ordering::Acquire);
-                return if good(found) {
-                    Ok(found)
-                } else {
-                    Err(io::ErrorKind::UnexpectedEof.into())
-                };
+                return if good(found) { Ok(found) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
         }
     }
@@ -360,12 +321,7 @@ fn low_half(word: &AtomicU64) -> &AtomicU32 {
 }
 
 fn nap(word: &AtomicU64, found: u64) -> io::Result<()> {
-    match futex::wait(
-        low_half(word),
-        futex::Flags::empty(),
-        found as u32,
-        Some(&NAP),
-    ) {
+    match futex::wait(low_half(word), futex::Flags::empty(), found as u32, Some(&NAP)) {
         Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => Ok(()),
         Err(other) => Err(other.into()),
     }
@@ -376,11 +332,7 @@ fn nap(word: &AtomicU64, found: u64) -> io::Result<()> {
 /// As [`Copy::run`].
 #[inline(always)]
 unsafe fn copy_in(from: *const u8, to: *mut u8, len: usize) {
-    let copy = if len < STRING_FROM {
-        Copy::Libc
-    } else {
-        Copy::String
-    };
+    let copy = if len < STRING_FROM { Copy::Libc } else { Copy::String };
     // SAFETY: passed on from the caller.
     unsafe { copy.run(from, to, len) }
 }
@@ -410,23 +362,14 @@ impl Map {
     const RESERVED: usize = TOTAL_BYTES + RING_BYTES;
 
     fn new(memory: BorrowedFd<'_>) -> Result<Self, BenchError> {
-        let refused = |source: Errno| BenchError::Memory {
-            bytes: TOTAL_BYTES,
-            source: source.into(),
-        };
+        let refused = |source: Errno| BenchError::Memory { bytes: TOTAL_BYTES, source: source.into() };
         // SAFETY: a fresh mapping, placed by the kernel, touches nothing that exists.
         let reserved = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                Self::RESERVED,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE,
-            )
+            mmap_anonymous(std::ptr::null_mut(), Self::RESERVED, ProtFlags::empty(), MapFlags::PRIVATE)
         }
         .map_err(refused)?;
         let reserved = NonNull::new(reserved.cast::<u8>()).ok_or_else(|| refused(Errno::NOMEM))?;
-        let ahead =
-            reserved.as_ptr().addr().next_multiple_of(RING_BYTES) - reserved.as_ptr().addr();
+        let ahead = reserved.as_ptr().addr().next_multiple_of(RING_BYTES) - reserved.as_ptr().addr();
         // SAFETY: `ahead` is less than RING_BYTES, so TOTAL_BYTES from there are within the reservation.
         let start = unsafe { reserved.add(ahead) };
         let map = Self { reserved, start };
@@ -491,10 +434,7 @@ mod tests {
     fn pair(wait: Wait) -> (MappedRing, MappedRing) {
         let memory = MappedRing::memory().expect("memfd");
         let left = MappedRing::open(&memory, Side::Left, wait).expect("left");
-        (
-            left,
-            MappedRing::open(&memory, Side::Right, wait).expect("right"),
-        )
+        (left, MappedRing::open(&memory, Side::Right, wait).expect("right"))
     }
 
     /// Sizes around every boundary, many times round the ring, both ways.
@@ -560,9 +500,7 @@ mod tests {
     #[test]
     fn a_descriptor_of_something_else_is_refused() {
         let (left, _right) = std::os::unix::net::UnixStream::pair().expect("socketpair");
-        let error = MappedRing::open(left, Side::Left, Wait::Spin)
-            .err()
-            .expect("not memory");
+        let error = MappedRing::open(left, Side::Left, Wait::Spin).err().expect("not memory");
         assert!(matches!(error, BenchError::Memory { .. }), "{error}");
     }
 }

@@ -36,9 +36,7 @@ impl FromStr for Wait {
     fn from_str(word: &str) -> Result<Self, BenchError> {
         match word {
             "spin" => Ok(Self::Spin),
-            "adaptive" => Ok(Self::Adaptive {
-                spin: ADAPTIVE_SPIN,
-            }),
+            "adaptive" => Ok(Self::Adaptive { spin: ADAPTIVE_SPIN }),
             "block" => Ok(Self::Block),
             _ => Err(BenchError::UnknownWord {
                 what: "wait",

@@ -1,1 +1,29 @@
-//! Turns the crank: lanes, connections, the attachment to a broker.
+//! Turns the crank: lanes become connections, doors become attachments.
+//!
+//! Read in this order: [`lane`] (the two carriers), [`connection`] (two lanes and a bell),
+//! [`node`] (a program's attachment to its broker), then [`listener`], [`datagram`],
+//! [`readiness`] (a kernel descriptor for `select`) and [`poller`] (many connections in one event
+//! loop).
+
+pub mod bell;
+pub mod connection;
+pub mod datagram;
+pub mod error;
+pub mod lane;
+pub mod listener;
+pub mod node;
+pub mod poller;
+pub mod readiness;
+mod wait;
+
+pub use connection::{Connection, Info};
+pub use error::{Error, Result};
+pub use isthmus_ring::{Dest, Source};
+pub use wait::{How, Wait};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Lock, also after a panic elsewhere: every structure here is left whole at each step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -8,7 +8,10 @@ use pyo3::types::{PyBytes, PyDict, PyFrozenSet, PyString, PyTuple};
 
 /// Decode one packet of the control protocol into (kind, request, fields).
 #[pyfunction]
-pub fn control_decode<'py>(py: Python<'py>, packet: &[u8]) -> PyResult<(&'static str, u32, Bound<'py, PyDict>)> {
+pub fn control_decode<'py>(
+    py: Python<'py>,
+    packet: &[u8],
+) -> PyResult<(&'static str, u32, Bound<'py, PyDict>)> {
     let (request, message) = control::decode(packet).map_err(|e| PyValueError::new_err(e.to_string()))?;
     let fields = PyDict::new(py);
     let mut result = Ok(());
@@ -60,7 +63,10 @@ pub fn control_encode<'py>(
     })
     .map_err(|e| PyValueError::new_err(format!("{kind}.{e}")))?;
     if known != fields.len() {
-        return Err(PyValueError::new_err(format!("{kind}: it has {known} fields, {} were given", fields.len())));
+        return Err(PyValueError::new_err(format!(
+            "{kind}: it has {known} fields, {} were given",
+            fields.len()
+        )));
     }
     let mut out = [0; MESSAGE_MAX];
     let len = control::encode(request, &message, &mut out)

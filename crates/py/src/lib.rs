@@ -3,14 +3,31 @@
 //! The only crate that knows Python exists. A method here with an `if` about a protocol belongs a
 //! crate further down.
 
+mod buffer;
+mod connection;
 mod control;
+mod errors;
+mod node;
 
 use pyo3::prelude::*;
 
 #[pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
-    use super::control::{control_decode, control_encode, parse_address, check_name};
+    use super::control::{check_name, control_decode, control_encode, parse_address};
+
+    #[pymodule_export]
+    use super::connection::{Connection, Datagram, Listener, Poller};
+
+    #[pymodule_export]
+    use super::node::{Counters, Node, Pollable};
+
+    #[pymodule_export]
+    const SMALL_DEFAULT: u32 = isthmus_engine::lane::SMALL_DEFAULT;
+    #[pymodule_export]
+    const LARGE_DEFAULT: u32 = isthmus_engine::lane::LARGE_DEFAULT;
+    #[pymodule_export]
+    const ERROR_CLASSES: [&str; 16] = super::errors::CLASSES;
 
     #[pymodule_export]
     const CONTROL_VERSION: u8 = isthmus_wire::control::VERSION;

@@ -75,7 +75,13 @@ pub trait Store {
     ///
     /// # Errors
     /// The record is not visible; part of the space it would have taken may be overwritten.
-    fn record(&self, at: usize, commit: u64, header: Header, source: &mut Source<'_>) -> Result<(), StoreFailed>;
+    fn record(
+        &self,
+        at: usize,
+        commit: u64,
+        header: Header,
+        source: &mut Source<'_>,
+    ) -> Result<(), StoreFailed>;
     /// Make the memory of the large ring ready, once, before its first use.
     fn prepare_large(&self);
     /// Note a total for the broker's accounting; see [`layout`] for the indices.

@@ -147,7 +147,13 @@ impl Store for Mapped {
     }
 
     #[inline]
-    fn record(&self, at: usize, commit: u64, header: Header, source: &mut Source<'_>) -> Result<(), StoreFailed> {
+    fn record(
+        &self,
+        at: usize,
+        commit: u64,
+        header: Header,
+        source: &mut Source<'_>,
+    ) -> Result<(), StoreFailed> {
         let len = header.len as usize;
         let mut to = self.region.at(at + record::payload_at(len), len);
         source.take(len, |from, piece| {

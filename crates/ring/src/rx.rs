@@ -5,8 +5,8 @@ use std::fmt;
 use isthmus_wire::record::{ALIGN, Header, HeaderFault, Kind};
 
 use crate::layout::{
-    ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CREDIT, CREDIT_CHECK, CREDIT_SHARE, FIN, Geometry,
-    RECEIVE_STATE, Stage, fin_word,
+    ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CPU, CREDIT, CREDIT_CHECK, CREDIT_SHARE, FIN,
+    Geometry, RECEIVE_STATE, Stage, fin_word,
 };
 use crate::parts::Dest;
 use crate::sync::{Ordering, fence};
@@ -259,6 +259,20 @@ impl<S: Store, V: View> Rx<S, V> {
         self.store.half(ARM_DATA, 0)
     }
 
+    /// Tell the peer on which processor this end waits.
+    ///
+    /// # Errors
+    /// It could not be told; nothing depends on it.
+    pub fn tell_cpu(&self, cpu: u32) -> Result<(), StoreFailed> {
+        self.store.half(CPU, cpu.wrapping_add(1))
+    }
+
+    /// The processor on which the peer waited last, if it said.
+    #[must_use]
+    pub fn peer_cpu(&self) -> Option<u32> {
+        self.view.half(CPU).checked_sub(1)
+    }
+
     fn commit(&self) -> u64 {
         self.secret.wrapping_add(self.position)
     }
@@ -285,7 +299,10 @@ impl<S: Store, V: View> Rx<S, V> {
     fn give_credit(&mut self, before: Ring) -> Ring {
         let credit = self.position;
         // A lost credit word is as if the receiver were slow; the sender's sleep has a limit.
-        let told = self.store.word(CREDIT, credit).and_then(|()| self.store.word(CREDIT_CHECK, credit ^ self.secret));
+        let told = self
+            .store
+            .word(CREDIT, credit)
+            .and_then(|()| self.store.word(CREDIT_CHECK, credit ^ self.secret));
         if told.is_ok() {
             self.given = credit;
         }

@@ -151,7 +151,10 @@ impl<S: Store, V: View> Tx<S, V> {
     /// # Errors
     /// `Err(TooLarge)`: it can never fit. `Ok(Err)`: the memory behind the lane failed. Nothing was
     /// sent in either case.
-    pub fn write_message(&mut self, source: &mut Source<'_>) -> Result<Result<Written, StoreFailed>, TooLarge> {
+    pub fn write_message(
+        &mut self,
+        source: &mut Source<'_>,
+    ) -> Result<Result<Written, StoreFailed>, TooLarge> {
         let len = source.left();
         if len > self.message_max() {
             return Err(TooLarge { len, limit: self.message_max() });
@@ -194,6 +197,15 @@ impl<S: Store, V: View> Tx<S, V> {
         self.free() >= self.space_wanted() && self.gate <= self.credit
     }
 
+    /// Would `len` bytes surely fit now, without growing and wherever the ring ends?
+    pub fn fits(&mut self, len: usize) -> bool {
+        let need = 2 * footprint(len, self.store.trailer());
+        if self.free() < need {
+            self.look_for_credit();
+        }
+        self.free() >= need && self.gate <= self.credit
+    }
+
     /// End this direction: the receiver gets everything sent so far and then the end.
     ///
     /// # Errors
@@ -227,14 +239,6 @@ impl<S: Store, V: View> Tx<S, V> {
     /// The arm could not be taken back; at worst a bell rings in vain.
     pub fn disarm(&mut self) -> Result<(), StoreFailed> {
         self.store.half(ARM_SPACE, 0)
-    }
-
-    /// Tell the peer on which processor this end waits.
-    ///
-    /// # Errors
-    /// It could not be told; nothing depends on it.
-    pub fn tell_cpu(&self, cpu: u32) -> Result<(), StoreFailed> {
-        self.store.half(CPU, cpu.wrapping_add(1))
     }
 
     /// The processor on which the peer waited last, if it said.

@@ -234,7 +234,8 @@ fn a_bell_is_rung_once_for_each_arm_and_only_after_publishing() {
     let data = bytes(0, 10);
     let parts = [(data.as_ptr(), data.len())];
     // SAFETY: `data` outlives the calls.
-    let write = |tx: &mut Tx<_, _>| tx.write_stream(&mut unsafe { Source::new(&parts) }).expect("mapped").ring;
+    let write =
+        |tx: &mut Tx<_, _>| tx.write_stream(&mut unsafe { Source::new(&parts) }).expect("mapped").ring;
     assert_eq!(write(&mut p.tx), Ring::Quiet);
     p.rx.arm().expect("mapped");
     assert_eq!(write(&mut p.tx), Ring::Bell);
@@ -285,8 +286,14 @@ fn payload_that_looks_like_a_record_is_not_taken_for_one() {
 #[test]
 fn words_of_the_page_do_not_overlap() {
     let mut words = vec![
-        (CREDIT, 8), (layout::CREDIT_CHECK, 8), (ARM_DATA, 4), (ARM_SPACE, 4), (layout::CPU, 4),
-        (layout::FIN, 8), (layout::RECEIVE_STATE, 4), (layout::COUNTERS, 8 * layout::COUNTERS_LEN),
+        (CREDIT, 8),
+        (layout::CREDIT_CHECK, 8),
+        (ARM_DATA, 4),
+        (ARM_SPACE, 4),
+        (layout::CPU, 4),
+        (layout::FIN, 8),
+        (layout::RECEIVE_STATE, 4),
+        (layout::COUNTERS, 8 * layout::COUNTERS_LEN),
     ];
     words.sort_unstable();
     assert!(words.windows(2).all(|w| w[0].0 + w[0].1 <= w[1].0));

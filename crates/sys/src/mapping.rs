@@ -51,7 +51,14 @@ impl Mapping {
         let lead = start - room_start;
         // SAFETY: the range lies in the reservation made above and nothing else is there.
         let placed = unsafe {
-            rustix::mm::mmap(room.byte_add(lead), len, protection, MapFlags::SHARED | MapFlags::FIXED, file, 0)
+            rustix::mm::mmap(
+                room.byte_add(lead),
+                len,
+                protection,
+                MapFlags::SHARED | MapFlags::FIXED,
+                file,
+                0,
+            )
         };
         let base = match placed {
             Ok(base) => base,
@@ -72,7 +79,9 @@ impl Mapping {
                 let _ = rustix::mm::munmap(room.byte_add(end), whole - end);
             }
         }
-        NonNull::new(base.cast()).map(|base| Self { base, len }).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+        NonNull::new(base.cast())
+            .map(|base| Self { base, len })
+            .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
     }
 
     #[must_use]

@@ -72,6 +72,15 @@ impl Piece {
         Self(libc::iovec { iov_base: start.cast_mut().cast(), iov_len: len })
     }
 
+    /// Append what the piece points at.
+    ///
+    /// # Safety
+    /// It is readable.
+    pub unsafe fn copy_to(&self, out: &mut Vec<u8>) {
+        // SAFETY: the caller's promise.
+        out.extend_from_slice(unsafe { std::slice::from_raw_parts(self.0.iov_base.cast(), self.0.iov_len) });
+    }
+
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.iov_len

@@ -433,7 +433,12 @@ pub fn decode(bytes: &[u8]) -> Result<(u32, Message<'_>), DecodeError> {
     reader.end()?;
     let mut reader = Reader::new("control", body);
     let Some(message) = Message::read(code, &mut reader)? else {
-        return Err(DecodeError { format: "control", field: "kind", at: 1, problem: Problem::Unknown(code.into()) });
+        return Err(DecodeError {
+            format: "control",
+            field: "kind",
+            at: 1,
+            problem: Problem::Unknown(code.into()),
+        });
     };
     reader.end()?;
     Ok((request, message))
@@ -476,7 +481,8 @@ mod tests {
                 Message::build(name, |field| {
                     n += 1;
                     Some(match field {
-                        "program" | "domain_name" | "node" | "to" | "from_name" | "to_name" | "why" | "text" | "name"
+                        "program" | "domain_name" | "node" | "to" | "from_name" | "to_name" | "why"
+                        | "text" | "name"
                             if !matches!((*name, field), ("connected" | "resolved", "to")) =>
                         {
                             Value::Text("déjà-vu")

@@ -118,7 +118,8 @@ pub fn payload_at(len: usize) -> usize {
 /// Bytes of ring that a record with a payload of `len` bytes takes, a multiple of [`ALIGN`].
 #[must_use]
 pub fn footprint(len: usize, trailer: bool) -> usize {
-    let end = if trailer { trailer_at(len).saturating_add(TRAILER) } else { payload_at(len).saturating_add(len) };
+    let end =
+        if trailer { trailer_at(len).saturating_add(TRAILER) } else { payload_at(len).saturating_add(len) };
     end.saturating_add(ALIGN - 1) & !(ALIGN - 1)
 }
 

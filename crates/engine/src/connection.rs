@@ -1,0 +1,673 @@
+//! A connection: two lanes and a bell.
+
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::time::Duration;
+
+use isthmus_proto::spin::Spin;
+use isthmus_ring::layout::{COUNTERS_LEN, RESET, TAKES_ALL, TAKES_NOTHING};
+use isthmus_ring::{Dest, Mapped, Region, Ring, Rx, Seen, Source, StoreFailed, Tx};
+use isthmus_sys::cpu;
+use isthmus_wire::control::{Carrier, SocketKind, TICKET};
+
+use crate::bell::{Bell, Woken};
+use crate::datagram::Datagram;
+use crate::error::{Error, Result};
+use crate::lane::{AnyStore, Ends};
+use crate::lock;
+use crate::node::Node;
+use crate::readiness::Readiness;
+use crate::wait::{How, spin};
+
+/// What the broker said when it made the connection.
+#[derive(Clone, Debug)]
+pub struct Info {
+    pub id: u64,
+    pub kind: SocketKind,
+    pub carrier: Carrier,
+    /// Port on this side.
+    pub port: u32,
+    pub peer: u32,
+    pub peer_name: String,
+    pub peer_port: u32,
+    /// Why this carrier, in words.
+    pub why: String,
+    /// This side called `connect`.
+    pub opener: bool,
+    pub ticket: [u8; TICKET],
+    pub small: u32,
+    pub large: u32,
+}
+
+const CLOSED: u8 = 1;
+const SHUT_RECEIVE: u8 = 2;
+const SHUT_SEND: u8 = 4;
+
+struct TxSide {
+    tx: Tx<AnyStore, Mapped>,
+    spin: Spin,
+}
+
+struct RxSide {
+    rx: Rx<AnyStore, Mapped>,
+    spin: Spin,
+    /// A reset was reported; after it comes the end, as with kernel sockets.
+    reset_told: bool,
+    told_cpu: u32,
+}
+
+pub struct Connection {
+    pub info: Info,
+    tx: Mutex<TxSide>,
+    rx: Mutex<RxSide>,
+    bell: Bell,
+    state: AtomicU8,
+    cut: OnceLock<String>,
+    broken: AtomicBool,
+    counters: Region,
+    view: Region,
+    counters_fd: OwnedFd,
+    readiness: OnceLock<Arc<Readiness>>,
+    /// The datagram socket this lane belongs to, if it is to be told of news.
+    owner: OnceLock<Weak<Datagram>>,
+    node: Weak<Node>,
+    generation: u32,
+}
+
+/// What a non-waiting attempt found.
+enum Try<T> {
+    Done(T),
+    Wait,
+}
+
+impl Connection {
+    pub(crate) fn new(
+        info: Info,
+        ends: Ends,
+        bell: OwnedFd,
+        counters_fd: OwnedFd,
+        node: Weak<Node>,
+    ) -> Arc<Self> {
+        let Ends { tx, rx, counters, view } = ends;
+        Arc::new(Self {
+            info,
+            tx: Mutex::new(TxSide { tx, spin: Spin::default() }),
+            rx: Mutex::new(RxSide { rx, spin: Spin::default(), reset_told: false, told_cpu: u32::MAX }),
+            bell: Bell::new(bell),
+            state: AtomicU8::new(0),
+            cut: OnceLock::new(),
+            broken: AtomicBool::new(false),
+            counters,
+            view,
+            counters_fd,
+            readiness: OnceLock::new(),
+            owner: OnceLock::new(),
+            node,
+            generation: cpu::generation(),
+        })
+    }
+
+    /// Bytes and messages sent, bytes and messages received.
+    #[must_use]
+    pub fn totals(&self) -> [u64; COUNTERS_LEN] {
+        std::array::from_fn(|i| self.counters.read_counter(i))
+    }
+
+    /// Longest message, bytes.
+    #[must_use]
+    pub fn message_max(&self) -> usize {
+        lock(&self.tx).tx.message_max()
+    }
+
+    /// Bytes of ring that hold what the peer has not received yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        lock(&self.tx).tx.in_flight()
+    }
+
+    /// What can be received at once: bytes of the stream's first piece, or of the next message.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        match lock(&self.rx).rx.look() {
+            Ok(Seen::Data(len)) => len,
+            _ => 0,
+        }
+    }
+
+    #[must_use]
+    pub fn closed(&self) -> bool {
+        self.state.load(Ordering::Acquire) & CLOSED != 0
+    }
+
+    /// Is the other side still there, as far as is known?
+    #[must_use]
+    pub fn peer_gone(&self) -> bool {
+        self.bell.gone()
+    }
+
+    /// The descriptor that becomes readable when a sleeper is to look again; for event loops.
+    #[must_use]
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    pub(crate) fn counters_fd(&self) -> BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.counters_fd)
+    }
+
+    /// The memory in which received records lie, for views in place.
+    #[must_use]
+    pub fn view(&self) -> &Region {
+        &self.view
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.generation != cpu::generation() {
+            return Err(Error::Forked);
+        }
+        if self.state.load(Ordering::Acquire) & CLOSED != 0 {
+            return Err(Error::Closed);
+        }
+        if let Some(text) = self.cut.get() {
+            return Err(Error::Cut { text: text.clone() });
+        }
+        Ok(())
+    }
+
+    fn reset(&self, done: usize) -> Error {
+        let Info { peer_name, peer_port, .. } = &self.info;
+        Error::Reset { done, peer: format!("{peer_name}:{peer_port}") }
+    }
+
+    fn memory(&self, failed: StoreFailed) -> Error {
+        self.broken.store(true, Ordering::Release);
+        Error::Memory { errno: failed.errno }
+    }
+
+    fn ring(&self, ring: Ring) {
+        if ring == Ring::Bell {
+            self.bell.ring();
+        }
+    }
+
+    // ---- sending
+
+    /// Send all of `source` as bytes of the stream; returns how many that were.
+    ///
+    /// # Errors
+    /// The error carries how many bytes are in the lane: they will be received unless the peer
+    /// dies.
+    pub fn send_stream(&self, source: &mut Source<'_>, how: &How<'_>) -> Result<usize> {
+        let asked = source.left();
+        self.send(how, asked, |side| {
+            if source.left() == 0 {
+                return Ok((Try::Done(()), Ring::Quiet, asked));
+            }
+            let written = side.tx.write_stream(source).map_err(|e| self.memory(e))?;
+            let step = if written.all { Try::Done(()) } else { Try::Wait };
+            Ok((step, written.ring, asked - source.left()))
+        })?;
+        Ok(asked)
+    }
+
+    /// Send `source` as one message, whole or not at all.
+    ///
+    /// # Errors
+    /// Nothing was sent.
+    pub fn send_message(&self, source: &mut Source<'_>, how: &How<'_>) -> Result<()> {
+        self.send(how, source.left(), |side| {
+            let written = side.tx.write_message(source)?.map_err(|e| self.memory(e))?;
+            let step = if written.all { Try::Done(()) } else { Try::Wait };
+            Ok((step, written.ring, 0))
+        })
+    }
+
+    fn send(
+        &self,
+        how: &How<'_>,
+        _asked: usize,
+        mut step: impl FnMut(&mut TxSide) -> Result<(Try<()>, Ring, usize)>,
+    ) -> Result<()> {
+        let mut done = 0;
+        loop {
+            self.check()?;
+            let mut side = lock(&self.tx);
+            self.may_send(&side, done)?;
+            let (tried, ring, so_far) = step(&mut side)?;
+            done = so_far;
+            self.ring(ring);
+            match tried {
+                Try::Done(()) => {
+                    drop(side);
+                    self.refresh();
+                    return Ok(());
+                }
+                Try::Wait if how.now => {
+                    drop(side);
+                    if self.bell.glance() && done == 0 {
+                        return Err(self.peer_is_gone(done));
+                    }
+                    self.refresh();
+                    return Err(Error::WouldBlock { done });
+                }
+                Try::Wait => self.wait_for_space(side, how, done)?,
+            }
+        }
+    }
+
+    fn may_send(&self, side: &TxSide, done: usize) -> Result<()> {
+        if side.tx.finished() || self.broken.load(Ordering::Relaxed) {
+            return Err(Error::Pipe { done });
+        }
+        match side.tx.peer_takes() {
+            TAKES_ALL if !self.bell.gone() => Ok(()),
+            RESET => Err(self.take_reset(done)),
+            _ => Err(Error::Pipe { done }),
+        }
+    }
+
+    fn peer_is_gone(&self, done: usize) -> Error {
+        match self.cut.get() {
+            Some(text) => Error::Cut { text: text.clone() },
+            None => Error::Pipe { done },
+        }
+    }
+
+    fn wait_for_space(&self, mut side: MutexGuard<'_, TxSide>, how: &How<'_>, done: usize) -> Result<()> {
+        if how.expired() {
+            return Err(Error::TimedOut { done });
+        }
+        let TxSide { tx, spin: budget } = &mut *side;
+        let peer_cpu = tx.peer_cpu();
+        if spin(how.wait, budget, peer_cpu, || tx.has_space() || !tx.open()) {
+            return Ok(());
+        }
+        if how.wait == crate::wait::Wait::Spin {
+            drop(side);
+            self.bell.glance();
+            return self.stop_wanted(how, done);
+        }
+        let ticket = self.bell.ticket();
+        tx.arm().map_err(|e| self.memory(e))?;
+        if tx.has_space() || !tx.open() {
+            let _ = tx.disarm();
+            return Ok(());
+        }
+        drop(side);
+        let woken = self.bell.wait(ticket, how.left(Duration::MAX));
+        let _ = lock(&self.tx).tx.disarm();
+        if woken == Woken::Signal { self.stop_wanted(how, done) } else { Ok(()) }
+    }
+
+    fn stop_wanted(&self, how: &How<'_>, done: usize) -> Result<()> {
+        if how.wants_to_stop() { Err(Error::Interrupted { done }) } else { Ok(()) }
+    }
+
+    // ---- receiving
+
+    /// Receive into `dest`: what there is of the stream, or one message. Returns the bytes stored
+    /// and the length of the message (equal for streams). `(0, 0)` is the end.
+    ///
+    /// # Errors
+    /// Nothing was received.
+    pub fn receive(&self, dest: &mut Dest<'_>, how: &How<'_>) -> Result<(usize, usize)> {
+        if dest.left() == 0 && self.info.kind == SocketKind::Stream {
+            self.check()?;
+            return Ok((0, 0));
+        }
+        self.receive_with(how, |rx| {
+            let (got, whole, ring) = rx.read(dest)?;
+            self.ring(ring);
+            Ok((got, whole))
+        })
+        .map(|got| got.unwrap_or((0, 0)))
+    }
+
+    /// As [`Connection::receive`], without consuming.
+    ///
+    /// # Errors
+    /// As [`Connection::receive`].
+    pub fn peek(&self, dest: &mut Dest<'_>, how: &How<'_>) -> Result<(usize, usize)> {
+        self.receive_with(how, |rx| Ok(rx.peek(dest))).map(|got| got.unwrap_or((0, 0)))
+    }
+
+    /// Fill `dest` from the stream; fewer bytes only at the end of it.
+    ///
+    /// # Errors
+    /// Carries how many bytes were received into `dest` before.
+    pub fn receive_all(&self, dest: &mut Dest<'_>, how: &How<'_>) -> Result<usize> {
+        let room = dest.left();
+        while dest.left() > 0 {
+            match self.receive(dest, how) {
+                Ok((0, _)) => break,
+                Ok(_) => {}
+                Err(error) => return Err(error.after(room - dest.left())),
+            }
+        }
+        Ok(room - dest.left())
+    }
+
+    /// Where the next record's payload lies (offset in [`Connection::view`], bytes); `None` at the
+    /// end. It stays until [`Connection::release_front`]. Streams give the first piece.
+    ///
+    /// # Errors
+    /// As [`Connection::receive`].
+    pub fn front(&self, how: &How<'_>) -> Result<Option<(usize, usize)>> {
+        self.receive_with(how, |rx| Ok(rx.front())).map(Option::flatten)
+    }
+
+    /// Consume what [`Connection::front`] showed.
+    pub fn release_front(&self) {
+        let ring = lock(&self.rx).rx.skip();
+        self.ring(ring);
+        self.refresh();
+    }
+
+    /// Wait until `take` can be called on data; `None` at the end of the lane.
+    fn receive_with<T>(
+        &self,
+        how: &How<'_>,
+        mut take: impl FnMut(&mut Rx<AnyStore, Mapped>) -> Result<T>,
+    ) -> Result<Option<T>> {
+        loop {
+            self.check()?;
+            let mut side = lock(&self.rx);
+            if self.state.load(Ordering::Acquire) & SHUT_RECEIVE != 0 {
+                return Ok(None);
+            }
+            // In this order: whatever the peer published before it died is seen after its death is.
+            let gone = self.bell.gone();
+            match side.rx.look()? {
+                Seen::Data(_) => {
+                    let taken = take(&mut side.rx)?;
+                    drop(side);
+                    self.refresh();
+                    return Ok(Some(taken));
+                }
+                Seen::End => return self.end(&mut side),
+                Seen::Nothing if gone => return self.end_of_a_dead_peer(&mut side),
+                Seen::Nothing => {}
+            }
+            if how.now {
+                self.ring(side.rx.settle());
+                drop(side);
+                if self.bell.glance() && !gone {
+                    continue;
+                }
+                self.refresh();
+                return Err(Error::WouldBlock { done: 0 });
+            }
+            self.wait_for_data(side, how)?;
+        }
+    }
+
+    /// The peer finished: the end, or first a reset if it closed over unread data.
+    fn end<T>(&self, side: &mut RxSide) -> Result<Option<T>> {
+        let reset = lock(&self.tx).tx.peer_takes() == RESET;
+        if reset && !side.reset_told {
+            side.reset_told = true;
+            return Err(self.reset(0));
+        }
+        Ok(None)
+    }
+
+    fn end_of_a_dead_peer<T>(&self, side: &mut RxSide) -> Result<Option<T>> {
+        if side.reset_told {
+            return Ok(None);
+        }
+        side.reset_told = true;
+        Err(self.reset(0))
+    }
+
+    fn take_reset(&self, done: usize) -> Error {
+        // Sending after the peer's reset: the first time the reset, then a broken pipe.
+        match self.rx.try_lock() {
+            Ok(mut side) if !side.reset_told => {
+                side.reset_told = true;
+                self.reset(done)
+            }
+            _ => Error::Pipe { done },
+        }
+    }
+
+    fn wait_for_data(&self, mut side: MutexGuard<'_, RxSide>, how: &How<'_>) -> Result<()> {
+        if how.expired() {
+            return Err(Error::TimedOut { done: 0 });
+        }
+        let RxSide { rx, spin: budget, told_cpu, .. } = &mut *side;
+        let peer_cpu = rx.peer_cpu();
+        let mut looks = 0u32;
+        let arrived = spin(how.wait, budget, peer_cpu, || {
+            looks = looks.wrapping_add(1);
+            // The end of the lane is not a record: look for it now and then.
+            !rx.quiet() || (looks % 32 == 0 && !matches!(rx.look(), Ok(Seen::Nothing)))
+        });
+        if arrived {
+            return Ok(());
+        }
+        if how.wait == crate::wait::Wait::Spin {
+            let ring = rx.settle();
+            self.ring(ring);
+            drop(side);
+            self.bell.glance();
+            return self.stop_wanted(how, 0);
+        }
+        let here = cpu::current();
+        if *told_cpu != here {
+            *told_cpu = here;
+            let _ = rx.tell_cpu(here);
+        }
+        self.ring(rx.settle());
+        let ticket = self.bell.ticket();
+        rx.arm().map_err(|e| self.memory(e))?;
+        if !matches!(rx.look(), Ok(Seen::Nothing)) {
+            let _ = rx.disarm();
+            return Ok(());
+        }
+        drop(side);
+        let woken = self.bell.wait(ticket, how.left(Duration::MAX));
+        let _ = lock(&self.rx).rx.disarm();
+        if woken == Woken::Signal { self.stop_wanted(how, 0) } else { Ok(()) }
+    }
+
+    // ---- ending
+
+    /// No more sending: the peer receives everything and then the end.
+    pub fn shut_send(&self) {
+        self.state.fetch_or(SHUT_SEND, Ordering::AcqRel);
+        let mut side = lock(&self.tx);
+        if !side.tx.finished() {
+            let ring = side.tx.finish();
+            self.ring(ring.unwrap_or(Ring::Bell));
+        }
+        drop(side);
+        self.refresh();
+    }
+
+    /// No more receiving: the peer's next send fails.
+    pub fn shut_receive(&self) {
+        self.state.fetch_or(SHUT_RECEIVE, Ordering::AcqRel);
+        let ring = lock(&self.rx).rx.stop(TAKES_NOTHING);
+        self.ring(ring.unwrap_or(Ring::Bell));
+        self.bell.wake_followers();
+        self.refresh();
+    }
+
+    /// Finish both directions and tell the broker. What was sent is delivered. Harmless when
+    /// repeated.
+    pub fn close(&self) {
+        if self.state.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED != 0 || self.generation != cpu::generation()
+        {
+            return;
+        }
+        let unread = {
+            let mut side = lock(&self.rx);
+            let unread = matches!(side.rx.look(), Ok(Seen::Data(_)))
+                && self.state.load(Ordering::Acquire) & SHUT_RECEIVE == 0;
+            let _ = side.rx.stop(if unread { RESET } else { TAKES_NOTHING });
+            unread
+        };
+        let _ = unread;
+        {
+            let mut side = lock(&self.tx);
+            if !side.tx.finished() {
+                let _ = side.tx.finish();
+            }
+        }
+        // Wakes the peer whatever it waits for, and our own waiters.
+        self.bell.shut();
+        if let Some(readiness) = self.readiness.get() {
+            readiness.set(true, true);
+        }
+        if let Some(node) = self.node.upgrade() {
+            node.closed(self);
+        }
+    }
+
+    /// The broker's order: both directions end here and now.
+    pub(crate) fn cut(&self, text: &str) {
+        let _ = self.cut.set(text.to_owned());
+        self.bell.shut();
+        if let Some(readiness) = self.readiness.get() {
+            readiness.set(true, true);
+        }
+    }
+
+    // ---- event loops
+
+    /// Before parking in an event loop: arm for data, and for space if `space`.
+    ///
+    /// `true`: do not park, there is something already.
+    ///
+    /// # Errors
+    /// The lane's memory failed.
+    pub fn park(&self, data: bool, space: bool) -> Result<bool> {
+        self.check()?;
+        let mut ready = self.bell.gone();
+        if data {
+            let mut side = lock(&self.rx);
+            self.ring(side.rx.settle());
+            side.rx.arm().map_err(|e| self.memory(e))?;
+            ready |= !matches!(side.rx.look(), Ok(Seen::Nothing));
+        }
+        if space {
+            let mut side = lock(&self.tx);
+            side.tx.arm().map_err(|e| self.memory(e))?;
+            ready |= side.tx.has_space() || !side.tx.open();
+        }
+        Ok(ready)
+    }
+
+    /// Would [`Connection::receive`] return at once? Makes no system call.
+    #[inline]
+    #[must_use]
+    pub fn poll_receive(&self) -> bool {
+        let mut side = lock(&self.rx);
+        !side.rx.quiet() && matches!(side.rx.look(), Ok(Seen::Data(_)))
+    }
+
+    /// Would sending `len` bytes return at once? Makes no system call.
+    #[inline]
+    #[must_use]
+    pub fn poll_send(&self, len: usize) -> bool {
+        lock(&self.tx).tx.fits(len)
+    }
+
+    /// Is there something to receive (or the end, or an error)? Could something be sent?
+    #[must_use]
+    pub fn poll(&self) -> (bool, bool) {
+        if self.closed() || self.cut.get().is_some() || self.bell.gone() {
+            return (true, true);
+        }
+        let readable = {
+            let mut side = lock(&self.rx);
+            self.state.load(Ordering::Acquire) & SHUT_RECEIVE != 0
+                || !matches!(side.rx.look(), Ok(Seen::Nothing))
+        };
+        let mut side = lock(&self.tx);
+        let writable = side.tx.finished() || !side.tx.open() || side.tx.has_space();
+        (readable, writable)
+    }
+
+    /// A descriptor for `select` that stays true to the lane from now on.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn readiness(self: &Arc<Self>) -> Result<RawFd> {
+        if let Some(readiness) = self.readiness.get() {
+            return Ok(readiness.fd());
+        }
+        self.attach_readiness(Arc::new(Readiness::new()?));
+        self.readiness()
+    }
+
+    /// As [`Connection::readiness`], with a descriptor that was polled before there was a lane.
+    pub fn attach_readiness(self: &Arc<Self>, readiness: Arc<Readiness>) {
+        let _ = self.readiness.set(readiness);
+        self.bell.watch();
+        if let Some(node) = self.node.upgrade() {
+            node.watch(self);
+        }
+        self.refresh();
+    }
+
+    pub(crate) fn own(&self, owner: Weak<Datagram>) {
+        let _ = self.owner.set(owner);
+    }
+
+    /// The bell rang and the engine's thread is its leader.
+    pub(crate) fn heard(&self) {
+        self.bell.empty();
+        self.bell.wake_followers();
+        self.refresh();
+        if let Some(owner) = self.owner.get().and_then(Weak::upgrade) {
+            owner.refresh();
+        }
+    }
+
+    /// Will nothing more be received?
+    #[must_use]
+    pub fn at_end(&self) -> bool {
+        let gone = self.bell.gone();
+        match lock(&self.rx).rx.look() {
+            Ok(Seen::Data(_)) => false,
+            Ok(Seen::Nothing) => gone,
+            Ok(Seen::End) | Err(_) => true,
+        }
+    }
+
+    /// Bring the kernel descriptor in line with the lane, arming for whatever it is not ready for.
+    pub(crate) fn refresh(&self) {
+        let Some(readiness) = self.readiness.get() else { return };
+        readiness.update(|| {
+            let (readable, writable) = self.poll();
+            if readable && writable {
+                return (true, true);
+            }
+            // Arm for what is missing and look again: whatever comes later rings the bell.
+            let _ = self.park(!readable, !writable);
+            self.poll()
+        });
+    }
+}
+
+impl Error {
+    /// The same error, after `done` bytes.
+    pub(crate) fn after(self, done: usize) -> Self {
+        match self {
+            Self::WouldBlock { .. } => Self::WouldBlock { done },
+            Self::TimedOut { .. } => Self::TimedOut { done },
+            Self::Interrupted { .. } => Self::Interrupted { done },
+            Self::Pipe { .. } => Self::Pipe { done },
+            Self::Reset { peer, .. } => Self::Reset { done, peer },
+            other => other,
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

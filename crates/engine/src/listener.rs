@@ -1,0 +1,141 @@
+//! A leased port on which connections arrive.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use isthmus_sys::poll::{self, Flag};
+use isthmus_wire::control::{Refusal, SocketKind};
+
+use crate::connection::Connection;
+use crate::error::{Error, Result};
+use crate::lock;
+use crate::node::Node;
+use crate::wait::How;
+
+/// Where the engine delivers connections that come in on a port.
+pub trait Acceptor: Send + Sync {
+    /// Kind of socket and ring sizes for this side of a new connection.
+    fn terms(&self) -> Terms;
+    /// `Err`: not taken, and why.
+    ///
+    /// # Errors
+    /// The backlog is full, or the port was given back.
+    fn room(&self) -> std::result::Result<(), Refusal>;
+    fn incoming(&self, connection: Arc<Connection>);
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    pub port: u32,
+    pub partner: u32,
+    pub kind: SocketKind,
+    pub backlog: u32,
+    pub small: u32,
+    pub large: u32,
+}
+
+/// A listening socket: connections are complete when they are in its queue.
+pub struct Listener {
+    terms: Terms,
+    queue: Mutex<VecDeque<Arc<Connection>>>,
+    /// Raised while the queue is not empty, or for good when closed.
+    waiting: Flag,
+    closed: AtomicBool,
+    node: Weak<Node>,
+}
+
+impl Listener {
+    pub(crate) fn new(terms: Terms, node: Weak<Node>) -> Result<Self> {
+        let waiting = Flag::new().map_err(Error::os("making a descriptor to poll"))?;
+        Ok(Self { terms, queue: Mutex::default(), waiting, closed: AtomicBool::new(false), node })
+    }
+
+    #[must_use]
+    pub fn port(&self) -> u32 {
+        self.terms.port
+    }
+
+    /// Readable while a connection waits.
+    #[must_use]
+    pub fn fd(&self) -> RawFd {
+        self.waiting.as_fd().as_raw_fd()
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    /// None came in time, or the listener was closed.
+    pub fn accept(&self, how: &How<'_>) -> Result<Arc<Connection>> {
+        loop {
+            if self.closed.load(Ordering::Acquire) {
+                return Err(Error::Closed);
+            }
+            {
+                let mut queue = lock(&self.queue);
+                if let Some(connection) = queue.pop_front() {
+                    if queue.is_empty() {
+                        self.waiting.lower();
+                    }
+                    return Ok(connection);
+                }
+            }
+            if how.now {
+                return Err(Error::WouldBlock { done: 0 });
+            }
+            if how.expired() {
+                return Err(Error::TimedOut { done: 0 });
+            }
+            let limit = how.left(Duration::from_secs(3600));
+            if poll::wait_readable(self.waiting.as_fd(), Some(limit)).is_err() && how.wants_to_stop() {
+                return Err(Error::Interrupted { done: 0 });
+            }
+        }
+    }
+
+    /// Give the port back; connections not yet accepted are closed. Harmless when repeated.
+    pub fn close(&self) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.waiting.raise();
+        let queued: Vec<_> = lock(&self.queue).drain(..).collect();
+        drop(queued);
+        if let Some(node) = self.node.upgrade() {
+            node.unbind(self.terms.port, self.terms.partner);
+        }
+    }
+}
+
+impl Acceptor for Listener {
+    fn terms(&self) -> Terms {
+        self.terms
+    }
+
+    fn room(&self) -> std::result::Result<(), Refusal> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Refusal::NobodyListens);
+        }
+        if lock(&self.queue).len() >= self.terms.backlog.max(1) as usize {
+            return Err(Refusal::BacklogFull);
+        }
+        Ok(())
+    }
+
+    fn incoming(&self, connection: Arc<Connection>) {
+        let mut queue = lock(&self.queue);
+        if self.closed.load(Ordering::Acquire) {
+            return;
+        }
+        queue.push_back(connection);
+        self.waiting.raise();
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,723 @@
+//! A program's attachment to the broker of its node.
+//!
+//! One thread per attachment reads the control socket: it hands answers to those who asked, takes
+//! connections that come in into their listener's backlog (whatever the program is doing), obeys
+//! cuts, and relays bells to descriptors that sit in `select`. When the broker goes away,
+//! connections live on; the thread attaches again by itself, leases its ports again and shows the
+//! broker the tickets of its connections.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, Weak, mpsc};
+use std::time::{Duration, Instant};
+
+use isthmus_sys::poll::{Flag, Set};
+use isthmus_sys::{cpu, packet};
+use isthmus_wire::control::{self, ANYBODY, Carrier, MESSAGE_MAX, Message, Refusal, SocketKind};
+
+use crate::connection::{Connection, Info};
+use crate::datagram::Datagram;
+use crate::error::{Error, Result};
+use crate::lane::Offer;
+use crate::listener::{Acceptor, Listener, Terms};
+use crate::lock;
+use crate::wait::How;
+
+/// The broker answers at once or after its own time-outs, which are shorter.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How often a waiting asker looks whether a signal handler wants it to stop.
+const SIGNAL_SLICE: Duration = Duration::from_millis(100);
+/// First and longest pause between attempts to reach a broker that went away.
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+const RETRY_MOST: Duration = Duration::from_secs(1);
+
+const TOKEN_CONTROL: u64 = 0;
+const TOKEN_WAKE: u64 = 1;
+
+/// What the broker said about this program's domain.
+#[derive(Clone, Debug, Default)]
+pub struct Identity {
+    pub domain: u32,
+    pub domain_name: String,
+    pub node: String,
+    pub ring_max: u32,
+    pub epoch: u64,
+}
+
+/// A connection that somebody wants.
+#[derive(Clone, Debug)]
+pub struct ConnectRequest {
+    pub to: String,
+    pub port: u32,
+    /// A port leased by this program, or 0.
+    pub from_port: u32,
+    pub kind: SocketKind,
+    /// Take this carrier or none.
+    pub require: Option<Carrier>,
+    pub small: u32,
+    pub large: u32,
+}
+
+struct Answer {
+    packet: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+}
+
+type Then = Box<dyn FnOnce(Result<Answer>) + Send>;
+
+pub struct Node {
+    door: PathBuf,
+    program: String,
+    control: Mutex<Option<Arc<OwnedFd>>>,
+    identity: Mutex<Identity>,
+    slots: Mutex<HashMap<u32, Then>>,
+    next_request: AtomicU32,
+    acceptors: Mutex<HashMap<(u32, u32), Weak<dyn Acceptor>>>,
+    connections: Mutex<HashMap<u64, Weak<Connection>>>,
+    set: Set,
+    wake: Flag,
+    stopping: AtomicBool,
+    generation: u32,
+}
+
+impl Node {
+    /// Attach to the broker behind `door`.
+    ///
+    /// # Errors
+    /// No broker answers there, or it refuses.
+    pub fn attach(door: &Path, program: &str) -> Result<Arc<Self>> {
+        cpu::raise_descriptor_limit();
+        let (control, identity) = greet(door, program)?;
+        let set = Set::new().map_err(Error::os("attaching"))?;
+        let wake = Flag::new().map_err(Error::os("attaching"))?;
+        set.add(control.as_fd(), TOKEN_CONTROL).map_err(Error::os("attaching"))?;
+        set.add(wake.as_fd(), TOKEN_WAKE).map_err(Error::os("attaching"))?;
+        let node = Arc::new(Self {
+            door: door.to_owned(),
+            program: program.to_owned(),
+            control: Mutex::new(Some(Arc::new(control))),
+            identity: Mutex::new(identity),
+            slots: Mutex::default(),
+            next_request: AtomicU32::new(1),
+            acceptors: Mutex::default(),
+            connections: Mutex::default(),
+            set,
+            wake,
+            stopping: AtomicBool::new(false),
+            generation: cpu::generation(),
+        });
+        let agent = Arc::clone(&node);
+        std::thread::Builder::new()
+            .name("isthmus".into())
+            .spawn(move || agent.run())
+            .map_err(Error::os("starting the engine's thread"))?;
+        Ok(node)
+    }
+
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        lock(&self.identity).clone()
+    }
+
+    #[must_use]
+    pub fn door(&self) -> &Path {
+        &self.door
+    }
+
+    /// Is a broker attached now?
+    #[must_use]
+    pub fn attached(&self) -> bool {
+        lock(&self.control).is_some()
+    }
+
+    /// Was this attachment made by this process, not by its parent?
+    #[must_use]
+    pub fn ours(&self) -> bool {
+        self.generation == cpu::generation() && !self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Detach: listeners and pending questions end, connections are cut loose and live on.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.wake.raise();
+    }
+
+    // ---- asking
+
+    fn control(&self) -> Result<Arc<OwnedFd>> {
+        if self.generation != cpu::generation() {
+            return Err(Error::Forked);
+        }
+        lock(&self.control).clone().ok_or(Error::BrokerLost)
+    }
+
+    fn tell(&self, request: u32, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        let control = self.control()?;
+        send(&control, request, message, descriptors)
+    }
+
+    fn ask_then(&self, message: &Message<'_>, descriptors: &[BorrowedFd<'_>], then: Then) {
+        let request = self.next_request.fetch_add(1, Ordering::Relaxed).max(1);
+        lock(&self.slots).insert(request, then);
+        if let Err(error) = self.tell(request, message, descriptors) {
+            if let Some(then) = lock(&self.slots).remove(&request) {
+                then(Err(error));
+            }
+        }
+    }
+
+    fn ask(&self, message: &Message<'_>, how: &How<'_>) -> Result<Answer> {
+        let (tx, rx) = mpsc::sync_channel(1);
+        self.ask_then(message, &[], Box::new(move |answer| drop(tx.send(answer))));
+        wait_for(&rx, how)?
+    }
+
+    /// Which domain has this name?
+    ///
+    /// # Errors
+    /// There is none, or no broker answers.
+    pub fn resolve(&self, name: &str, how: &How<'_>) -> Result<(u32, String)> {
+        let answer = self.ask(&Message::Resolve { name }, how)?;
+        match decode(&answer.packet)? {
+            Message::Resolved { domain, name } => Ok((domain, name.to_owned())),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What the broker knows of this domain, as JSON.
+    ///
+    /// # Errors
+    /// No broker answers.
+    pub fn status(&self, how: &How<'_>) -> Result<String> {
+        let mut text = String::new();
+        loop {
+            let answer = self.ask(&Message::Status { offset: text.len() as u32 }, how)?;
+            match decode(&answer.packet)? {
+                Message::Report { total, text: piece, .. } => {
+                    text.push_str(piece);
+                    if piece.is_empty() || text.len() >= total as usize {
+                        return Ok(text);
+                    }
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+    }
+
+    // ---- ports
+
+    fn bind(&self, terms: &Terms, how: &How<'_>) -> Result<u32> {
+        let Terms { port, partner, kind, backlog, .. } = *terms;
+        let answer = self.ask(&Message::Bind { port, kind, partner, backlog }, how)?;
+        match decode(&answer.packet)? {
+            Message::Bound { port } => Ok(port),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn register(&self, port: u32, partner: u32, acceptor: Weak<dyn Acceptor>) {
+        lock(&self.acceptors).insert((port, partner), acceptor);
+    }
+
+    /// Lease a port and listen on it. `terms.port` 0 lets the broker choose.
+    ///
+    /// # Errors
+    /// The port is taken, or no rule lets anybody reach it.
+    pub fn listen(self: &Arc<Self>, mut terms: Terms, how: &How<'_>) -> Result<Arc<Listener>> {
+        terms.port = self.bind(&terms, how)?;
+        let listener = Arc::new(Listener::new(terms, Arc::downgrade(self))?);
+        let acceptor: Arc<dyn Acceptor> = Arc::clone(&listener) as _;
+        self.register(terms.port, terms.partner, Arc::downgrade(&acceptor));
+        Ok(listener)
+    }
+
+    /// A datagram socket, on a leased port (`Some`) or only for sending and what comes back.
+    ///
+    /// # Errors
+    /// As [`Node::listen`].
+    pub fn datagram(
+        self: &Arc<Self>,
+        port: Option<u32>,
+        partner: u32,
+        rings: (u32, u32),
+        how: &How<'_>,
+    ) -> Result<Arc<Datagram>> {
+        let kind = SocketKind::Datagram;
+        let (small, large) = rings;
+        let mut terms = Terms { port: 0, partner, kind, backlog: 0, small, large };
+        if let Some(port) = port {
+            terms.port = port;
+            terms.port = self.bind(&terms, how)?;
+        }
+        let socket = Datagram::new(terms, port.is_some(), Arc::downgrade(self))?;
+        if port.is_some() {
+            let acceptor: Arc<dyn Acceptor> = Arc::clone(&socket) as _;
+            self.register(terms.port, terms.partner, Arc::downgrade(&acceptor));
+        }
+        Ok(socket)
+    }
+
+    pub(crate) fn unbind(&self, port: u32, partner: u32) {
+        lock(&self.acceptors).remove(&(port, partner));
+        self.ask_then(&Message::Unbind { port, partner }, &[], Box::new(drop));
+    }
+
+    // ---- connections
+
+    /// Open a connection.
+    ///
+    /// # Errors
+    /// Nobody listens, a rule refuses, a limit is reached, or the time ran out.
+    pub fn connect(self: &Arc<Self>, request: &ConnectRequest, how: &How<'_>) -> Result<Arc<Connection>> {
+        let (tx, rx) = mpsc::sync_channel(1);
+        self.connect_then(request.clone(), Box::new(move |result| drop(tx.send(result))));
+        wait_for(&rx, how)?
+    }
+
+    /// As [`Node::connect`], without waiting: `then` is called on the engine's thread.
+    pub fn connect_then(
+        self: &Arc<Self>,
+        request: ConnectRequest,
+        then: Box<dyn FnOnce(Result<Arc<Connection>>) + Send>,
+    ) {
+        let carrier = request.require.unwrap_or(Carrier::Sealed);
+        self.connect_with(request, carrier, true, then);
+    }
+
+    fn connect_with(
+        self: &Arc<Self>,
+        request: ConnectRequest,
+        carrier: Carrier,
+        may_retry: bool,
+        then: Box<dyn FnOnce(Result<Arc<Connection>>) + Send>,
+    ) {
+        let offer = match Offer::new(carrier, request.small, request.large) {
+            Ok(offer) => Arc::new(offer),
+            Err(error) => return then(Err(error)),
+        };
+        let node = Arc::downgrade(self);
+        let sent = Arc::clone(&offer);
+        let to = request.to.clone();
+        let message = Message::Connect {
+            to: &to,
+            to_port: request.port,
+            from_port: request.from_port,
+            kind: request.kind,
+            carrier,
+            require: u8::from(request.require.is_some()),
+            small: request.small,
+            large: request.large,
+        };
+        let answered = move |answer: Result<Answer>| {
+            let Some(node) = node.upgrade() else { return then(Err(Error::Closed)) };
+            match answer.and_then(|answer| node.connected(&offer, request.kind, answer)) {
+                Err(Error::Refused { refusal: Refusal::UseCarrier, text, .. }) if may_retry => {
+                    match Carrier::ALL.iter().copied().find(|c| c.name() == text) {
+                        Some(carrier) => node.connect_with(request, carrier, false, then),
+                        None => then(Err(Error::BadAnswer(format!("carrier {text:?}")))),
+                    }
+                }
+                result => then(result),
+            }
+        };
+        self.ask_then(&message, &sent.descriptors(), Box::new(answered));
+    }
+
+    fn connected(
+        self: &Arc<Self>,
+        offer: &Offer,
+        kind: SocketKind,
+        answer: Answer,
+    ) -> Result<Arc<Connection>> {
+        let Answer { packet, descriptors } = answer;
+        let Message::Connected {
+            connection,
+            secret,
+            to,
+            to_name,
+            to_port,
+            from_port,
+            carrier,
+            small,
+            large,
+            why,
+            ticket,
+        } = decode(&packet)?
+        else {
+            return Err(Error::BadAnswer("not an answer to connect".into()));
+        };
+        if carrier != offer.carrier {
+            return Err(Error::BadAnswer("another carrier than was offered".into()));
+        }
+        let info = Info {
+            id: connection,
+            kind,
+            carrier,
+            port: from_port,
+            peer: to,
+            peer_name: to_name.to_owned(),
+            peer_port: to_port,
+            why: why.to_owned(),
+            opener: true,
+            ticket,
+            small: offer.small,
+            large: offer.large,
+        };
+        self.join(offer, info, descriptors, (small, large), secret)
+    }
+
+    fn join(
+        self: &Arc<Self>,
+        offer: &Offer,
+        info: Info,
+        descriptors: Vec<OwnedFd>,
+        theirs: (u32, u32),
+        secret: u64,
+    ) -> Result<Arc<Connection>> {
+        let Ok([lane, bell]) = <[OwnedFd; 2]>::try_from(descriptors) else {
+            return Err(Error::BadAnswer("a connection without its two descriptors".into()));
+        };
+        let ends = offer.join(&lane, theirs.0, theirs.1, secret, info.kind)?;
+        let counters = offer.counters_descriptor()?;
+        let connection = Connection::new(info, ends, bell, counters, Arc::downgrade(self));
+        lock(&self.connections).insert(connection.info.id, Arc::downgrade(&connection));
+        Ok(connection)
+    }
+
+    pub(crate) fn closed(&self, connection: &Connection) {
+        let id = connection.info.id;
+        let _ = self.set.remove(connection.bell().as_fd());
+        if lock(&self.connections).remove(&id).is_some() {
+            // Without a broker nobody needs to know; the next one is not told of it at all.
+            let _ = self.tell(0, &Message::Close { connection: id }, &[]);
+        }
+    }
+
+    /// Relay this connection's bell to its readiness.
+    pub(crate) fn watch(&self, connection: &Connection) {
+        let _ = self.set.add(connection.bell().as_fd(), connection.info.id);
+    }
+
+    // ---- the thread
+
+    fn run(self: Arc<Self>) {
+        let mut events = Vec::new();
+        while !self.stopping.load(Ordering::Acquire) {
+            events.clear();
+            if self.set.wait(None, &mut events).is_err() {
+                continue;
+            }
+            for (token, ready) in &events {
+                match *token {
+                    TOKEN_WAKE => self.wake.lower(),
+                    TOKEN_CONTROL => {
+                        if !self.read_control() {
+                            self.attach_again();
+                        }
+                    }
+                    id => {
+                        let member = lock(&self.connections).get(&id).and_then(Weak::upgrade);
+                        if let Some(connection) = member {
+                            connection.heard();
+                            if ready.hung_up || connection.peer_gone() {
+                                let _ = self.set.remove(connection.bell().as_fd());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        self.lose_control();
+    }
+
+    /// Handle one packet; `false` if the broker is gone.
+    fn read_control(self: &Arc<Self>) -> bool {
+        let Ok(control) = self.control() else { return false };
+        let mut buffer = [0; MESSAGE_MAX];
+        match packet::receive(control.as_fd(), &mut buffer) {
+            Ok((0, _)) => false,
+            Ok((len, descriptors)) => {
+                self.dispatch(&buffer[..len], descriptors);
+                true
+            }
+            Err(error) => error.kind() == std::io::ErrorKind::Interrupted,
+        }
+    }
+
+    fn dispatch(self: &Arc<Self>, packet: &[u8], descriptors: Vec<OwnedFd>) {
+        let Ok((request, message)) = control::decode(packet) else { return };
+        match message {
+            Message::Incoming { connection, .. } => {
+                if let Err(refusal) = self.incoming(&message, descriptors) {
+                    let _ = self.tell(0, &Message::Refuse { connection, refusal }, &[]);
+                }
+            }
+            Message::Cut { connection, text, .. } => {
+                let member = lock(&self.connections).remove(&connection);
+                if let Some(connection) = member.and_then(|member| member.upgrade()) {
+                    connection.cut(text);
+                }
+            }
+            _ => {
+                let then = lock(&self.slots).remove(&request);
+                if let Some(then) = then {
+                    then(Ok(Answer { packet: packet.to_vec(), descriptors }));
+                }
+            }
+        }
+    }
+
+    fn incoming(
+        self: &Arc<Self>,
+        message: &Message<'_>,
+        descriptors: Vec<OwnedFd>,
+    ) -> std::result::Result<(), Refusal> {
+        let Message::Incoming {
+            connection,
+            secret,
+            from,
+            from_name,
+            from_port,
+            port,
+            partner,
+            kind,
+            carrier,
+            small,
+            large,
+            why,
+            ticket,
+        } = *message
+        else {
+            return Err(Refusal::BadRequest);
+        };
+        let acceptor = lock(&self.acceptors).get(&(port, partner)).and_then(Weak::upgrade);
+        let acceptor = acceptor.ok_or(Refusal::NobodyListens)?;
+        acceptor.room()?;
+        let terms = acceptor.terms();
+        let info = Info {
+            id: connection,
+            kind,
+            carrier,
+            port,
+            peer: from,
+            peer_name: from_name.to_owned(),
+            peer_port: from_port,
+            why: why.to_owned(),
+            opener: false,
+            ticket,
+            small: terms.small,
+            large: terms.large,
+        };
+        let offer = Offer::new(carrier, terms.small, terms.large).map_err(|_| Refusal::LimitReached)?;
+        let joined = self.join(&offer, info, descriptors, (small, large), secret);
+        let joined = joined.map_err(|_| Refusal::BadRequest)?;
+        let accept = Message::Accept { connection, small: terms.small, large: terms.large };
+        if self.tell(0, &accept, &offer.descriptors()).is_ok() {
+            acceptor.incoming(joined);
+        }
+        Ok(())
+    }
+
+    fn lose_control(&self) {
+        if let Some(control) = lock(&self.control).take() {
+            let _ = self.set.remove(control.as_fd());
+        }
+        let slots: Vec<_> = lock(&self.slots).drain().collect();
+        for (_, then) in slots {
+            then(Err(Error::BrokerLost));
+        }
+    }
+
+    /// The broker went away: wait for the next one and show it what we hold.
+    fn attach_again(self: &Arc<Self>) {
+        self.lose_control();
+        let mut pause = RETRY_FIRST;
+        while !self.stopping.load(Ordering::Acquire) {
+            if let Ok((control, identity)) = greet(&self.door, &self.program) {
+                let control = Arc::new(control);
+                if self.show_what_we_hold(&control, &identity).is_ok()
+                    && self.set.add(control.as_fd(), TOKEN_CONTROL).is_ok()
+                {
+                    *lock(&self.identity) = identity;
+                    *lock(&self.control) = Some(control);
+                    return;
+                }
+            }
+            let mut events = Vec::new();
+            let until = Instant::now() + pause;
+            // Bells must be relayed meanwhile.
+            while let Some(left) = until.checked_duration_since(Instant::now()) {
+                events.clear();
+                let _ = self.set.wait(Some(left), &mut events);
+                for (token, ready) in &events {
+                    let member = lock(&self.connections).get(token).and_then(Weak::upgrade);
+                    if let Some(connection) = member {
+                        connection.heard();
+                        if ready.hung_up {
+                            let _ = self.set.remove(connection.bell().as_fd());
+                        }
+                    }
+                }
+                if events.iter().any(|(token, _)| *token == TOKEN_WAKE) {
+                    break;
+                }
+            }
+            pause = (pause * 2).min(RETRY_MOST);
+        }
+    }
+
+    fn show_what_we_hold(self: &Arc<Self>, control: &Arc<OwnedFd>, identity: &Identity) -> Result<()> {
+        let acceptors: Vec<_> =
+            lock(&self.acceptors).iter().filter_map(|(key, a)| Some((*key, a.upgrade()?.terms()))).collect();
+        for ((port, partner), terms) in acceptors {
+            let bind = Message::Bind { port, kind: terms.kind, partner, backlog: terms.backlog };
+            // A refused lease stays refused: the rules may have changed. Connects simply stop.
+            self.exchange(control, &bind, &[])?;
+        }
+        let held: Vec<_> = lock(&self.connections).values().filter_map(Weak::upgrade).collect();
+        for connection in held {
+            let Info { id, kind, carrier, port, peer, peer_port, opener, ticket, small, large, .. } =
+                connection.info;
+            let resume = Message::Resume {
+                connection: id,
+                peer,
+                peer_port,
+                port,
+                kind,
+                carrier,
+                small,
+                large,
+                opener: u8::from(opener),
+                ticket,
+            };
+            let answer = self.exchange(control, &resume, &[connection.counters_fd()])?;
+            if let Message::Refused { text, .. } = decode_any(&answer)? {
+                lock(&self.connections).remove(&id);
+                connection.cut(text);
+            }
+        }
+        let _ = identity;
+        Ok(())
+    }
+
+    /// Ask on a control socket that nobody else reads yet; what else arrives is handled.
+    fn exchange(
+        self: &Arc<Self>,
+        control: &Arc<OwnedFd>,
+        message: &Message<'_>,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Vec<u8>> {
+        let asked = self.next_request.fetch_add(1, Ordering::Relaxed).max(1);
+        send(control, asked, message, descriptors)?;
+        let mut buffer = [0; MESSAGE_MAX];
+        loop {
+            let (len, descriptors) = packet::receive(control.as_fd(), &mut buffer)
+                .map_err(Error::os("reading from the broker"))?;
+            if len == 0 {
+                return Err(Error::BrokerLost);
+            }
+            match control::decode(&buffer[..len]) {
+                Ok((request, _)) if request == asked => return Ok(buffer[..len].to_vec()),
+                Ok((_, Message::Incoming { connection, .. })) => {
+                    // Not ready yet: the opener is told to try again.
+                    drop(descriptors);
+                    let refuse = Message::Refuse { connection, refusal: Refusal::BacklogFull };
+                    send(control, 0, &refuse, &[])?;
+                }
+                _ => self.dispatch(&buffer[..len], descriptors),
+            }
+        }
+    }
+}
+
+/// Wait for an answer, at most [`ANSWER_LIMIT`] or the caller's deadline.
+fn wait_for<T>(rx: &mpsc::Receiver<T>, how: &How<'_>) -> Result<T> {
+    let limit = Instant::now() + ANSWER_LIMIT;
+    let until = how.deadline.map_or(limit, |at| at.min(limit));
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match rx.recv_timeout(left.min(SIGNAL_SLICE)) {
+            Ok(answer) => return Ok(answer),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Err(Error::BrokerLost),
+            Err(mpsc::RecvTimeoutError::Timeout) if left.is_zero() => {
+                return Err(Error::TimedOut { done: 0 });
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                if how.wants_to_stop() {
+                    return Err(Error::Interrupted { done: 0 });
+                }
+            }
+        }
+    }
+}
+
+fn send(
+    control: &OwnedFd,
+    request: u32,
+    message: &Message<'_>,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<()> {
+    let mut buffer = [0; MESSAGE_MAX];
+    let len = control::encode(request, message, &mut buffer).map_err(|e| Error::Os {
+        what: "a request that cannot be sent",
+        source: std::io::Error::new(std::io::ErrorKind::InvalidInput, e),
+    })?;
+    packet::send(control.as_fd(), &buffer[..len], descriptors).map_err(|_| Error::BrokerLost)
+}
+
+fn greet(door: &Path, program: &str) -> Result<(OwnedFd, Identity)> {
+    let no_broker = |source| Error::NoBroker { door: door.display().to_string(), source };
+    let control = packet::connect(door).map_err(no_broker)?;
+    // A name too long for the message is cut, not refused.
+    let mut end = program.len().min(200);
+    while !program.is_char_boundary(end) {
+        end -= 1;
+    }
+    send(&control, 1, &Message::Hello { features: 0, program: &program[..end] }, &[])?;
+    let ready = isthmus_sys::poll::wait_readable(control.as_fd(), Some(ANSWER_LIMIT));
+    if !ready.is_ok_and(|ready| ready.readable) {
+        return Err(no_broker(std::io::ErrorKind::TimedOut.into()));
+    }
+    let mut buffer = [0; MESSAGE_MAX];
+    let (len, _) = packet::receive(control.as_fd(), &mut buffer).map_err(no_broker)?;
+    if len == 0 {
+        return Err(no_broker(std::io::ErrorKind::ConnectionReset.into()));
+    }
+    match decode(&buffer[..len])? {
+        Message::Welcome { domain, domain_name, node, ring_max, epoch, .. } => {
+            let identity = Identity {
+                domain,
+                domain_name: domain_name.to_owned(),
+                node: node.to_owned(),
+                ring_max,
+                epoch,
+            };
+            Ok((control, identity))
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// A message that is not a refusal.
+fn decode(packet: &[u8]) -> Result<Message<'_>> {
+    match decode_any(packet)? {
+        Message::Refused { refusal, rule, text } => {
+            Err(Error::Refused { refusal, rule, text: text.to_owned() })
+        }
+        message => Ok(message),
+    }
+}
+
+fn decode_any(packet: &[u8]) -> Result<Message<'_>> {
+    let (_, message) = control::decode(packet).map_err(|e| Error::BadAnswer(e.to_string()))?;
+    Ok(message)
+}
+
+fn unexpected(message: &Message<'_>) -> Error {
+    Error::BadAnswer(format!("an unexpected {:?}", message.name()))
+}
+
+/// In [`Terms`]: anybody whom a rule lets in.
+pub const PARTNER_ANYBODY: u32 = ANYBODY;

@@ -1,0 +1,133 @@
+//! How a caller waits.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use isthmus_proto::spin::{Situation, Spin};
+use isthmus_sys::cpu;
+
+/// Never sleep, spin a little and then sleep (the default), or sleep at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wait {
+    Spin,
+    #[default]
+    Adaptive,
+    Block,
+}
+
+/// How one call waits.
+#[derive(Clone, Copy, Default)]
+pub struct How<'a> {
+    pub wait: Wait,
+    /// Do not wait at all.
+    pub now: bool,
+    /// Give up then.
+    pub deadline: Option<Instant>,
+    /// Asked after every interrupted or long sleep: `true` ends the wait (`Error::Interrupted`).
+    pub interrupted: Option<&'a (dyn Fn() -> bool + Sync)>,
+}
+
+impl How<'_> {
+    #[must_use]
+    pub fn at_once() -> Self {
+        Self { now: true, ..Self::default() }
+    }
+
+    pub(crate) fn wants_to_stop(&self) -> bool {
+        self.interrupted.is_some_and(|ask| ask())
+    }
+
+    pub(crate) fn expired(&self) -> bool {
+        self.deadline.is_some_and(|at| Instant::now() >= at)
+    }
+
+    /// What is left, at most `limit`.
+    pub(crate) fn left(&self, limit: Duration) -> Duration {
+        self.deadline.map_or(limit, |at| at.saturating_duration_since(Instant::now()).min(limit))
+    }
+}
+
+/// A look at the clock costs as much as so many looks at a ring.
+const LOOKS_PER_CLOCK: u32 = 64;
+/// Looks before the processor is told that we spin.
+const EAGER_LOOKS: u32 = 256;
+/// A spinning waiter that never sleeps checks this often that its peer lives.
+const SPIN_SLICE: Duration = Duration::from_millis(1);
+/// How long a reading of the number of runnable tasks is believed, ns.
+const CROWD_NS: u64 = 10_000_000;
+
+/// Spin until `look` says yes; `false` if the budget ran out first.
+pub(crate) fn spin(
+    wait: Wait,
+    budget: &mut Spin,
+    peer_cpu: Option<u32>,
+    mut look: impl FnMut() -> bool,
+) -> bool {
+    let limit = match wait {
+        Wait::Block => return look(),
+        Wait::Spin => SPIN_SLICE,
+        Wait::Adaptive => {
+            let same_processor = peer_cpu.is_some_and(|peer| peer == cpu::current());
+            let ns = budget.budget_ns(Situation { same_processor, crowded: crowded() });
+            if ns == 0 {
+                return look();
+            }
+            Duration::from_nanos(u64::from(ns))
+        }
+    };
+    let mut start = None;
+    let mut looks = 0u32;
+    loop {
+        if look() {
+            if wait == Wait::Adaptive && looks > LOOKS_PER_CLOCK {
+                budget.hit();
+            }
+            return true;
+        }
+        looks = looks.wrapping_add(1);
+        if looks % LOOKS_PER_CLOCK == 0 {
+            let now = Instant::now();
+            if now.duration_since(*start.get_or_insert(now)) > limit {
+                if wait == Wait::Adaptive {
+                    budget.miss();
+                    look_at_the_crowd();
+                }
+                return false;
+            }
+        }
+        if looks > EAGER_LOOKS {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+static CROWD: AtomicU32 = AtomicU32::new(0);
+static CROWD_READ_AT: AtomicU64 = AtomicU64::new(0);
+
+/// Do more tasks want to run than there are processors? The last reading, if it is fresh.
+fn crowded() -> bool {
+    CROWD.load(Ordering::Relaxed) != 0
+        && now_ns().wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed)) < CROWD_NS
+}
+
+/// Read the number of runnable tasks, at most every [`CROWD_NS`]. Only after spinning in vain: a
+/// wait that ends in time never pays for it.
+fn look_at_the_crowd() {
+    let now = now_ns();
+    if now.wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed)) < CROWD_NS {
+        return;
+    }
+    CROWD_READ_AT.store(now, Ordering::Relaxed);
+    let processors = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let crowd = cpu::runnable().is_some_and(|tasks| tasks > processors) || cpu::allowed() < 2;
+    CROWD.store(u32::from(crowd), Ordering::Relaxed);
+}
+
+fn now_ns() -> u64 {
+    static ORIGIN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    // A fresh process must not believe a reading it never made.
+    ORIGIN
+        .get_or_init(|| Instant::now().checked_sub(Duration::from_secs(1)).unwrap_or_else(Instant::now))
+        .elapsed()
+        .as_nanos() as u64
+}
