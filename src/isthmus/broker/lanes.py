@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from isthmus import _native
+from isthmus._native import Counters
 
 from .answers import Refuse
 from .descriptors import Descriptors
-
-
-class Counters(Protocol):
-    """A read-only mapping of the page where one side counts; freed with the object."""
-
-    def read(self) -> tuple[int, int, int, int]:
-        """Bytes and messages sent, bytes and messages received, as their owner says."""
-
-
-class _NoCounters:
-    def __init__(self, carrier: str, fds: Sequence[int], small: int, large: int) -> None:
-        pass
-
-    def read(self) -> tuple[int, int, int, int]:
-        return (0, 0, 0, 0)
-
-
-_Native = getattr(_native, "Counters", None) or _NoCounters
 
 
 def check_lane(what: str, carrier: str, descriptors: Descriptors, small: int, large: int) -> Counters:
@@ -53,15 +32,17 @@ def check_page(what: str, carrier: str, descriptors: Descriptors, small: int, la
     """
     if len(descriptors) != 1:
         raise Refuse("bad-request", f"{what}: it needs 1 descriptor, not {len(descriptors)}")
-    return _checked(what, carrier, descriptors, small, large)
+    # The page alone says nothing about the inbox, whose size is then the program's word; a ring is checked.
+    return _checked(what, carrier, descriptors, small, large, page_only=carrier == "put")
 
 
-def _checked(what: str, carrier: str, descriptors: Descriptors, small: int, large: int) -> Counters:
+def _checked(
+    what: str, carrier: str, descriptors: Descriptors, small: int, large: int, *, page_only: bool = False
+) -> Counters:
     # Nothing that could block may be asked of a descriptor before this.
     if not descriptors.all_memfds():
         raise Refuse("bad-request", f"{what}: a lane's descriptors are memfds")
     try:
-        counters: Counters = _Native(carrier, descriptors.fds, small, large)
-    except (ValueError, OSError) as error:
+        return Counters(carrier, descriptors.fds, small, large, page_only)
+    except ValueError as error:
         raise Refuse("bad-request", f"{what}: {carrier}: {error}") from None
-    return counters

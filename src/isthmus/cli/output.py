@@ -13,11 +13,12 @@ EXIT_FAILED = 1
 EXIT_NO_BROKER = 3
 
 
-class Problem(click.ClickException):
+class Problem(Exception):
     """One line: what, where, what to do."""
 
     def __init__(self, message: str, exit_code: int = EXIT_FAILED) -> None:
         super().__init__(message)
+        self.message = message
         self.exit_code = exit_code
 
 
