@@ -53,8 +53,10 @@ const LOOKS_PER_CLOCK: u32 = 64;
 const EAGER_LOOKS: u32 = 256;
 /// A spinning waiter that never sleeps checks this often that its peer lives.
 const SPIN_SLICE: Duration = Duration::from_millis(1);
-/// How long a reading of the number of runnable tasks is believed, ns.
-const CROWD_NS: u64 = 10_000_000;
+/// The number of runnable tasks is read at most this often, and believed for twice as long, ns.
+const CROWD_NS: u64 = 1_000_000;
+/// So many readings in a row make a crowd: a task that only passes by is none.
+const CROWD_READINGS: u32 = 3;
 
 /// Spin until `look` says yes; `false` if the budget ran out first.
 pub(crate) fn spin(
@@ -101,26 +103,32 @@ pub(crate) fn spin(
     }
 }
 
+/// Readings in a row that saw more runnable tasks than processors.
 static CROWD: AtomicU32 = AtomicU32::new(0);
 static CROWD_READ_AT: AtomicU64 = AtomicU64::new(0);
 
-/// Do more tasks want to run than there are processors? The last reading, if it is fresh.
+/// Do more tasks want to run than there are processors, for some time now?
 fn crowded() -> bool {
-    CROWD.load(Ordering::Relaxed) != 0
-        && now_ns().wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed)) < CROWD_NS
+    CROWD.load(Ordering::Relaxed) >= CROWD_READINGS
+        && now_ns().wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed)) < 2 * CROWD_NS
 }
 
-/// Read the number of runnable tasks, at most every [`CROWD_NS`]. Only after spinning in vain: a
-/// wait that ends in time never pays for it.
+/// Read the number of runnable tasks, now and then. Only after spinning in vain: a wait that ends
+/// in time never pays for it.
 fn look_at_the_crowd() {
     let now = now_ns();
-    if now.wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed)) < CROWD_NS {
+    let age = now.wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed));
+    if age < CROWD_NS {
         return;
     }
     CROWD_READ_AT.store(now, Ordering::Relaxed);
-    let processors = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let crowd = cpu::runnable().is_some_and(|tasks| tasks > processors) || cpu::allowed() < 2;
-    CROWD.store(u32::from(crowd), Ordering::Relaxed);
+    // Those of the machine: a program pinned to one has its peer on another.
+    let processors = cpu::online();
+    if processors < 2 || cpu::runnable().is_some_and(|tasks| tasks > processors) {
+        CROWD.fetch_add(1, Ordering::Relaxed);
+    } else {
+        CROWD.store(0, Ordering::Relaxed);
+    }
 }
 
 fn now_ns() -> u64 {

@@ -11,10 +11,12 @@ pub fn current() -> u32 {
     rustix::thread::sched_getcpu() as u32
 }
 
-/// Processors this process may use.
+/// Processors of the machine that are switched on.
 #[must_use]
-pub fn allowed() -> u32 {
-    rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count().max(1))
+pub fn online() -> u32 {
+    // SAFETY: asks for a number.
+    let n = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    u32::try_from(n).unwrap_or(1).max(1)
 }
 
 /// Tasks that run or want to run on the whole machine, from `/proc/loadavg`; `None` where it
