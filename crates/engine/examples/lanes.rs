@@ -3,7 +3,13 @@ use isthmus_ring::Seen;
 use isthmus_wire::control::{Carrier, SocketKind};
 use std::os::fd::AsFd;
 use std::time::Instant;
-fn pin(c: usize) { unsafe { let mut s: libc::cpu_set_t = std::mem::zeroed(); libc::CPU_SET(c, &mut s); libc::sched_setaffinity(0, size_of_val(&s), &s); } }
+fn pin(c: usize) {
+    unsafe {
+        let mut s: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(c, &mut s);
+        libc::sched_setaffinity(0, size_of_val(&s), &s);
+    }
+}
 fn main() {
     let sz: usize = std::env::args().nth(1).and_then(|s| s.parse().ok()).unwrap_or(524288);
     let carrier = if std::env::args().nth(2).is_some() { Carrier::Put } else { Carrier::Sealed };
@@ -24,19 +30,31 @@ fn main() {
         while got < total {
             let mut off = 0;
             while off < sz {
-                while !matches!(rx.look(), Ok(Seen::Data(_))) { std::hint::spin_loop(); }
+                while !matches!(rx.look(), Ok(Seen::Data(_))) {
+                    std::hint::spin_loop();
+                }
                 let (n, _, _) = with_dest(&mut buf[off..], |d| rx.read(d)).unwrap();
                 off += n;
             }
             got += sz;
-            if got % (5_000_000_000 / sz * sz) == 0 { println!("{:.1} GB/s", (5_000_000_000 / sz * sz) as f64 / t0.elapsed().as_secs_f64() / 1e9); t0 = Instant::now(); }
+            if got % (5_000_000_000 / sz * sz) == 0 {
+                println!("{:.1} GB/s", (5_000_000_000 / sz * sz) as f64 / t0.elapsed().as_secs_f64() / 1e9);
+                t0 = Instant::now();
+            }
         }
     });
     pin(0);
     let data = vec![1u8; sz];
     let mut sent = 0;
     while sent < total {
-        with_source(&data, |s| while s.left() > 0 { let w = tx.write_stream(s).unwrap(); if !w.all { std::hint::spin_loop(); } });
+        with_source(&data, |s| {
+            while s.left() > 0 {
+                let w = tx.write_stream(s).unwrap();
+                if !w.all {
+                    std::hint::spin_loop();
+                }
+            }
+        });
         sent += sz;
     }
     h.join().unwrap();

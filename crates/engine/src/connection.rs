@@ -559,6 +559,27 @@ impl Connection {
         Ok(ready)
     }
 
+    /// Before parking for data in an event loop: spin a little, as the budget allows, then arm.
+    ///
+    /// `true`: do not park, there is something.
+    ///
+    /// # Errors
+    /// As [`Connection::park`].
+    pub fn spin_then_park(&self) -> Result<bool> {
+        self.check()?;
+        {
+            let mut side = lock(&self.rx);
+            let ring = side.rx.settle();
+            self.ring(ring);
+            let RxSide { rx, spin: budget, .. } = &mut *side;
+            let peer_cpu = rx.peer_cpu();
+            if spin(crate::Wait::Adaptive, budget, peer_cpu, || !rx.quiet()) {
+                return Ok(true);
+            }
+        }
+        self.park(true, false)
+    }
+
     /// Would [`Connection::receive`] return at once? Makes no system call.
     #[inline]
     #[must_use]

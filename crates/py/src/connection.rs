@@ -236,6 +236,51 @@ impl Connection {
         }
     }
 
+    /// As `recv_into`, but None instead of waiting, and without a system call.
+    fn try_recv_into(&self, py: Python<'_>, into: &Bound<'_, PyAny>) -> PyResult<Option<(usize, usize)>> {
+        if !self.inner.poll_receive() {
+            return Ok(None);
+        }
+        self.recv_into(py, into, Some(0.0), false).map(Some)
+    }
+
+    /// As `recv`, but None instead of waiting, and without a system call.
+    fn try_recv<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        if !self.inner.poll_receive() {
+            return Ok(None);
+        }
+        self.recv(py, limit, Some(0.0), false).map(|(bytes, _)| Some(bytes))
+    }
+
+    /// Send what fits of a buffer from `start` on (a message: all or nothing) and return the bytes
+    /// sent, None if nothing fits now.
+    #[pyo3(signature = (data, start=0))]
+    fn try_send(&self, py: Python<'_>, data: &Bound<'_, PyAny>, start: usize) -> PyResult<Option<usize>> {
+        let buffer = Buffer::readable(data)?;
+        let start = start.min(buffer.len());
+        let len = buffer.len() - start;
+        // SAFETY: `start` is within the buffer.
+        let parts = Parts(vec![(unsafe { buffer.start().add(start) }.cast_const(), len)]);
+        // SAFETY: the buffer is held by this method until after the call.
+        let mut source = unsafe { Source::new(&parts.0) };
+        let how = How::at_once();
+        let sent = match self.inner.info.kind {
+            SocketKind::Stream => self.inner.send_stream(&mut source, &how),
+            _ => self.inner.send_message(&mut source, &how).map(|()| len),
+        };
+        match sent {
+            Ok(n) => Ok(Some(n)),
+            Err(Error::WouldBlock { done: 0 }) => Ok(None),
+            Err(Error::WouldBlock { done }) => Ok(Some(done)),
+            Err(error) => Err(to_python(py, &error)),
+        }
+    }
+
+    /// Before parking for data: spin a little, then arm. True: do not park, there is something.
+    fn spin_then_park(&self, py: Python<'_>) -> PyResult<bool> {
+        py.detach(|| self.inner.spin_then_park()).map_err(|e| to_python(py, &e))
+    }
+
     /// Where the next record lies in this process: (address, bytes), or None at the end. It stays
     /// until `release_front`.
     fn front(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<(usize, usize)>> {
