@@ -98,8 +98,8 @@ class Attachment:
         self.report = ""
         self.sides: set[Side] = set()
         self.leases: dict[int, Lease] = {}
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        self.pid, self.uid, self.gid = struct.unpack("3i", credentials)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+        self.pid, self.uid, self.gid = struct.unpack("iII", credentials)
         self._loop.add_reader(self.fd, self.handle_readable)
 
     # Receiving.

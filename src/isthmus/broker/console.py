@@ -67,7 +67,7 @@ class Console:
         assert task is not None
         self._tasks.add(task)
         try:
-            if not _allowed(writer.get_extra_info("socket")):
+            if not may_operate(_uid(writer.get_extra_info("socket"))):
                 return
             while line := await reader.readline():
                 writer.write(json.dumps(self.answer(line)).encode() + b"\n")
@@ -183,9 +183,14 @@ class Console:
         }
 
 
-def _allowed(sock: Any) -> bool:
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return struct.unpack("3i", credentials)[1] in (0, os.geteuid())
+def may_operate(uid: int) -> bool:
+    return uid in (0, os.geteuid())
+
+
+def _uid(sock: Any) -> int:
+    """Who connected, as the kernel says."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+    return int(struct.unpack("iII", credentials)[1])
 
 
 def _name(request: dict[str, Any], key: str, default: str | None) -> str:

@@ -58,10 +58,10 @@ class Service:
 
     async def run(self) -> None:
         """Serve until a signal or `stop`."""
-        await self.start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+        await self.start()
         loop.add_signal_handler(signal.SIGHUP, self.reload_logged)
         notify("READY=1")
         try:
