@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -32,6 +32,7 @@ pub struct Terms {
     pub port: u32,
     pub partner: u32,
     pub kind: SocketKind,
+    /// Connections that may wait; 0 leases the port and refuses them until [`Listener::open`].
     pub backlog: u32,
     pub small: u32,
     pub large: u32,
@@ -40,6 +41,7 @@ pub struct Terms {
 /// A listening socket: connections are complete when they are in its queue.
 pub struct Listener {
     terms: Terms,
+    backlog: AtomicU32,
     queue: Mutex<VecDeque<Arc<Connection>>>,
     /// Raised while the queue is not empty, or for good when closed.
     waiting: Flag,
@@ -50,7 +52,19 @@ pub struct Listener {
 impl Listener {
     pub(crate) fn new(terms: Terms, node: Weak<Node>) -> Result<Self> {
         let waiting = Flag::new().map_err(Error::os("making a descriptor to poll"))?;
-        Ok(Self { terms, queue: Mutex::default(), waiting, closed: AtomicBool::new(false), node })
+        Ok(Self {
+            terms,
+            backlog: AtomicU32::new(terms.backlog),
+            queue: Mutex::default(),
+            waiting,
+            closed: AtomicBool::new(false),
+            node,
+        })
+    }
+
+    /// Take connections from now on, and let so many wait.
+    pub fn open(&self, backlog: u32) {
+        self.backlog.store(backlog.max(1), Ordering::Release);
     }
 
     #[must_use]
@@ -111,14 +125,15 @@ impl Listener {
 
 impl Acceptor for Listener {
     fn terms(&self) -> Terms {
-        self.terms
+        Terms { backlog: self.backlog.load(Ordering::Acquire), ..self.terms }
     }
 
     fn room(&self) -> std::result::Result<(), Refusal> {
-        if self.closed.load(Ordering::Acquire) {
+        let backlog = self.backlog.load(Ordering::Acquire);
+        if backlog == 0 || self.closed.load(Ordering::Acquire) {
             return Err(Refusal::NobodyListens);
         }
-        if lock(&self.queue).len() >= self.terms.backlog.max(1) as usize {
+        if lock(&self.queue).len() >= backlog as usize {
             return Err(Refusal::BacklogFull);
         }
         Ok(())

@@ -457,6 +457,11 @@ impl Listener {
         with_how(py, Wait::Adaptive, timeout, |how| self.inner.accept(how)).map(Connection::new)
     }
 
+    /// Take connections from now on, for a port that was leased with a backlog of 0.
+    fn open(&self, backlog: u32) {
+        self.inner.open(backlog);
+    }
+
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.inner.close());
     }
