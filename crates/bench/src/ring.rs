@@ -37,12 +37,10 @@ const TOTAL_BYTES: usize = 2 * RING_BYTES + CONTROL_BYTES;
 /// Longest piece of a message under one header, so that the receiver copies while the sender does.
 const CHUNK_BYTES: usize = 64 << 10;
 const LINE: usize = 64;
-/// Stamp and length; the payload follows on the same cache line.
-const HEADER: usize = 16;
+/// Stamp and length, on a line of their own: the receiver polls it while the sender fills the lines behind it.
+const HEADER: usize = LINE;
 /// The receiver reports what it has read at least this often.
 const CREDIT_BYTES: u64 = RING_BYTES as u64 / 8;
-/// From this size on `rep movsb` is the best way to copy between caches.
-const STRING_FROM: usize = 1024;
 /// A sleeper looks again after this long, so a wake that never comes costs time and not the run.
 const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 /// Polls between two looks at whether the other end has left.
@@ -135,7 +133,7 @@ impl MappedRing {
             into: Direction::new(into),
             clock,
             spin: wait.spin().map(|spin| clock.ticks_in(spin)),
-            copy_out: Copy::String,
+            copy_out: Copy::Libc,
         })
     }
 
@@ -150,7 +148,7 @@ impl MappedRing {
 
     /// Copy to the receiver past its caches: better when the destination is larger than they are.
     pub fn with_streaming_copies(mut self, streaming: bool) -> Self {
-        self.copy_out = if streaming { Copy::Streaming } else { Copy::String };
+        self.copy_out = if streaming { Copy::Streaming } else { Copy::Libc };
         self
     }
 
@@ -162,8 +160,9 @@ impl MappedRing {
         // SAFETY: `offset` is a multiple of 64 below RING_BYTES and `HEADER + len` reaches at most the ring's end, so
         // all is inside the mapping. The credit says that the receiver has read these bytes, so it does not look.
         unsafe {
+            Copy::Libc.run(chunk.as_ptr(), header.as_ptr().add(HEADER), len);
+            // Last, next to the stamp: the header's line then changes hands once.
             header.cast::<u32>().add(2).write(len as u32);
-            copy_in(chunk.as_ptr(), header.as_ptr().add(HEADER), len);
         }
         let word = self.map.word64(header);
         let stamp = stamp(self.out.position);
@@ -206,7 +205,7 @@ impl MappedRing {
             let control = self.map.control(&self.into);
             self.wait_until(word, &control.receiver_sleeps.0, &control.closed.0, |found| found == expected)?;
         }
-        // SAFETY: the header's 16 bytes are inside the mapping; the stamp was read with Acquire and is the sender's
+        // SAFETY: the header is inside the mapping; the stamp was read with Acquire and is the sender's
         // last write, so the length and the payload are complete.
         let len = unsafe { header.cast::<u32>().add(2).read() } as usize;
         if len > target.len() || len > self.into.contiguous() - HEADER {
@@ -216,7 +215,7 @@ impl MappedRing {
             ));
         }
         // SAFETY: `len` was bounded by the ring's end and by `target` just above.
-        unsafe { copy_out(self.copy_out, header.as_ptr().add(HEADER), target.as_mut_ptr(), len) };
+        unsafe { self.copy_out.run(header.as_ptr().add(HEADER), target.as_mut_ptr(), len) };
         self.into.position += (HEADER + len).next_multiple_of(LINE) as u64;
         if self.into.position - self.into.credit >= CREDIT_BYTES {
             self.give_credit()?;
@@ -325,26 +324,6 @@ fn nap(word: &AtomicU64, found: u64) -> io::Result<()> {
         Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => Ok(()),
         Err(other) => Err(other.into()),
     }
-}
-
-/// # Safety
-///
-/// As [`Copy::run`].
-#[inline(always)]
-unsafe fn copy_in(from: *const u8, to: *mut u8, len: usize) {
-    let copy = if len < STRING_FROM { Copy::Libc } else { Copy::String };
-    // SAFETY: passed on from the caller.
-    unsafe { copy.run(from, to, len) }
-}
-
-/// # Safety
-///
-/// As [`Copy::run`].
-#[inline(always)]
-unsafe fn copy_out(copy: Copy, from: *const u8, to: *mut u8, len: usize) {
-    let copy = if len < STRING_FROM { Copy::Libc } else { copy };
-    // SAFETY: passed on from the caller.
-    unsafe { copy.run(from, to, len) }
 }
 
 /// The memfd, mapped at a multiple of 2 MiB.
@@ -469,6 +448,24 @@ mod tests {
             assert!(message == echo, "{size} bytes, round {round}");
         }
         answer.join().expect("other end");
+    }
+
+    /// One line before the end there is room for a header and for nothing behind it.
+    #[test]
+    fn a_header_alone_at_the_end_of_the_ring_is_passed_over() {
+        let (mut left, mut right) = pair(Wait::Block);
+        let mut room = RING_BYTES - LINE;
+        let mut received = vec![0; CHUNK_BYTES];
+        while room > 0 {
+            let len = CHUNK_BYTES.min(room - HEADER);
+            left.send(&vec![1; len]).expect("send");
+            right.recv_exact(&mut received[..len]).expect("receive");
+            room -= HEADER + len;
+        }
+        assert_eq!(left.out.contiguous(), LINE);
+        left.send(b"next").expect("send");
+        right.recv_exact(&mut received[..4]).expect("receive");
+        assert_eq!(&received[..4], b"next");
     }
 
     #[test]

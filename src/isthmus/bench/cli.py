@@ -1,0 +1,145 @@
+"""`isthmus bench`: measure, then tables, JSON and plots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from isthmus.bench import transports
+from isthmus.bench.cases import BENCHES, CLIENTS, WAITS, Settings, parse_sizes
+from isthmus.bench.plots import write_plots
+from isthmus.bench.records import Record, records_as_json
+from isthmus.bench.runner import measure
+from isthmus.bench.table import print_tables
+
+__all__ = ["bench_group"]
+
+#: A quick run promises to end within 40 s; plots and the last group's overrun are inside that.
+QUICK_S = 32.0
+
+#: What the widest table needs.
+TABLE_WIDTH = 120
+
+CHOICES = {
+    "transports": tuple(transports.NAMES),
+    "clients": CLIENTS,
+    "waits": WAITS,
+    "data": ("hot", "cold"),
+    "pages": ("4k", "huge"),
+}
+
+
+def _words(_: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Split a list at its commas and check every word."""
+    if not value:
+        return ()
+    choices = CHOICES[option.name or ""]
+    words = tuple(word.strip() for word in value.split(","))
+    for word in words:
+        if word not in choices:
+            raise click.BadParameter(f"{word}: one of {', '.join(choices)}")
+    return words
+
+
+def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    try:
+        return parse_sizes(value) if value else ()
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    words = value.split(",") if value else []
+    if not all(word.strip().isdigit() and 1 <= int(word) <= 64 for word in words):
+        raise click.BadParameter(f"{value}: give numbers from 1 to 64, as in 1,4,8")
+    return tuple(int(word) for word in words)
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every bench has."""
+    options = [
+        click.option("--sizes", callback=_sizes, metavar="LIST", help="Message sizes, as in 64,4K,1M."),
+        click.option(
+            "--transports", callback=_words, metavar="LIST", help=f"Of {', '.join(transports.NAMES)}."
+        ),
+        click.option("--clients", callback=_words, metavar="LIST", help=f"Of {', '.join(CLIENTS)}."),
+        click.option("--waits", callback=_words, metavar="LIST", help=f"Of {', '.join(WAITS)}."),
+        click.option("--data", callback=_words, metavar="LIST", help="Of hot, cold."),
+        click.option("--pages", callback=_words, metavar="LIST", help="Application buffers: of 4k, huge."),
+        click.option("--pairs", callback=_counts, metavar="LIST", help="Numbers of pairs, as in 1,2,4,8."),
+        click.option("--pinned/--unpinned", default=None, help="Keep each process on one processor, or not."),
+        click.option("--repeat", type=click.IntRange(1, 100), metavar="N", help="Runs of each case."),
+        click.option("--quick", is_flag=True, help="End within 40 s, with fewer cases and shorter runs."),
+        click.option(
+            "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write plots and records here."
+        ),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON list of records and nothing else."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group("bench")
+def bench_group() -> None:
+    """Measure Isthmus beside TCP, AF_UNIX, shared memory and installed peers, interleaved in one run."""
+
+
+def _run(benches: tuple[str, ...], out: Path | None, as_json: bool, **asked: Any) -> None:
+    started = time.monotonic()
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    pinned = asked.pop("pinned")
+    names = asked["transports"] or tuple(transports.NAMES)
+    settings = Settings(pinned=() if pinned is None else (pinned,), **asked)
+    records = measure(
+        benches,
+        settings,
+        [transports.load(name) for name in names],
+        tell=lambda line: notes.print(line, style="dim", markup=False),
+        deadline=started + QUICK_S if settings.quick else None,
+    )
+    if as_json:
+        click.echo(records_as_json(records))
+    else:
+        # Figures cut off at the 80 columns of a pipe help nobody.
+        console = Console()
+        console.width = max(console.width, TABLE_WIDTH)
+        print_tables(records, console)
+    for path in _write(records, out, notes) if out is not None else ():
+        click.echo(str(path), err=as_json)
+    if not records:
+        raise click.ClickException("nothing was measured; the lines above say why")
+
+
+def _write(records: list[Record], out: Path, notes: Console) -> list[Path]:
+    """Write the records and the plots, and return the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    listing = out / "records.json"
+    listing.write_text(records_as_json(records) + "\n")
+    try:
+        return [listing, *write_plots(records, out)]
+    except ImportError as error:
+        notes.print(f"no plots: {error}; pip install 'isthmus[bench]'", markup=False)
+        return [listing]
+
+
+def _add(name: str, benches: tuple[str, ...], summary: str) -> None:
+    @_options
+    def command(**asked: Any) -> None:
+        _run(benches, **asked)
+
+    bench_group.add_command(click.command(name, help=summary)(command))
+
+
+_add("pingpong", ("pingpong",), "One-way latency: half a round trip, median and 99th percentile.")
+_add("stream", ("stream",), "Throughput into the receiver's own buffer, and the CPU time it costs.")
+_add("pairs", ("pairs",), "Many pairs at the same time, and a ping beside them.")
+_add("connect", ("connect",), "Connections made and closed per second.")
+_add("all", BENCHES, "All of them.")

@@ -1,0 +1,220 @@
+"""Records as tables, with how they compare to TCP over the bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from isthmus.bench.records import Record
+
+__all__ = ["BASELINE", "print_tables", "ratio", "size_word"]
+
+#: What every ratio is against.
+BASELINE = "tcp-bridge"
+
+
+def print_tables(records: Sequence[Record], console: Console) -> None:
+    """Print the machine and one table for each bench."""
+    if not records:
+        return
+    for key, value in records[0].machine.items():
+        if value is not None:
+            console.print(f"[dim]{key}[/dim] {value}", highlight=False)
+    tables: list[tuple[str, Callable[[Record], bool], Callable[[Sequence[Record]], Table]]] = [
+        ("pingpong", lambda record: record.bench == "pingpong", _latency),
+        ("stream", lambda record: record.bench == "stream", _throughput),
+        ("pairs", lambda record: record.bench == "pairs" and record.beside is None, _pairs),
+        ("beside", lambda record: record.beside is not None, _beside),
+        ("connect", lambda record: record.bench == "connect", _connects),
+    ]
+    for _, wanted, build in tables:
+        chosen = [record for record in records if wanted(record)]
+        if chosen:
+            console.print()
+            console.print(build(chosen))
+
+
+def ratio(record: Record, records: Iterable[Record], figure: str, wait: str | None = None) -> float | None:
+    """Return how many times better `record` is than TCP over the bridge in the same situation.
+
+    Parameters
+    ----------
+    figure : str
+        ``p50_us`` (smaller is better), ``gbytes_per_s`` or ``per_second`` (larger is better).
+    wait : str, optional
+        How the baseline waits; the first one measured when not given.
+    """
+    ours = getattr(record, figure)
+    for other in records:
+        if (
+            other.transport == BASELINE
+            and _situation(other) == _situation(record)
+            and wait in (None, other.wait)
+        ):
+            theirs = getattr(other, figure)
+            if ours and theirs:
+                return float(theirs / ours if figure == "p50_us" else ours / theirs)
+            return None
+    return None
+
+
+def _situation(record: Record) -> tuple[Any, ...]:
+    """What two records must share to be compared. Limits and event loops compare with the native baseline."""
+    client = "native" if record.client == "asyncio" else record.client
+    return (
+        record.bench,
+        client,
+        record.size,
+        record.pairs,
+        record.data,
+        record.pages,
+        record.pinned,
+        record.beside,
+    )
+
+
+def size_word(size: int | None) -> str:
+    """Return 64, 4K, 1M."""
+    if size is None:
+        return ""
+    for shift, letter in ((20, "M"), (10, "K")):
+        if size >= 1 << shift and size % (1 << shift) == 0:
+            return f"{size >> shift}{letter}"
+    return str(size)
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, never in scientific notation."""
+    if value is None:
+        return ""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 10 else f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{_number(value)} ×"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in texts:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _conditions(record: Record) -> str:
+    words = [record.data if record.data != "hot" else "", "huge pages" if record.pages == "huge" else ""]
+    words += ["" if record.pinned else "unpinned"]
+    return " ".join(word for word in words if word)
+
+
+def _by_size(records: Sequence[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: (record.client, record.size or 0, record.data, record.pages))
+
+
+def _latency(records: Sequence[Record]) -> Table:
+    headings = ["p50 µs", "p99 µs", "vs TCP spin", "vs TCP block", "runs", "spread"]
+    table = _table("Latency, one way", ["size", "transport", "client", "wait", ""], headings)
+    for record in _by_size(records):
+        table.add_row(
+            size_word(record.size),
+            record.name,
+            record.client,
+            record.wait,
+            _conditions(record),
+            _number(record.p50_us),
+            _number(record.p99_us),
+            _times(ratio(record, records, "p50_us", "spin")),
+            _times(ratio(record, records, "p50_us", "block")),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table
+
+
+def _throughput(records: Sequence[Record]) -> Table:
+    headings = ["GB/s", "vs TCP block", "messages/s", "CPU s/GB", "runs", "spread"]
+    table = _table(
+        "Throughput, into the receiver's own buffer", ["size", "transport", "client", "wait", ""], headings
+    )
+    for record in _by_size(records):
+        table.add_row(
+            size_word(record.size),
+            record.name,
+            record.client,
+            record.wait,
+            _conditions(record),
+            _number(record.gbytes_per_s),
+            _times(ratio(record, records, "gbytes_per_s", "block")),
+            _number(record.per_second),
+            _number(record.cpu_s_per_gb),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table
+
+
+def _pairs(records: Sequence[Record]) -> Table:
+    headings = ["GB/s", "vs TCP", "CPU s/GB", "runs", "spread"]
+    table = _table(
+        "Pairs at the same time, all together", ["pairs", "size", "transport", "wait", ""], headings
+    )
+    for record in sorted(records, key=lambda record: (not record.pinned, record.size or 0, record.pairs)):
+        table.add_row(
+            str(record.pairs),
+            size_word(record.size),
+            record.name,
+            record.wait,
+            _conditions(record),
+            _number(record.gbytes_per_s),
+            _times(ratio(record, records, "gbytes_per_s")),
+            _number(record.cpu_s_per_gb),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table
+
+
+def _beside(records: Sequence[Record]) -> Table:
+    headings = ["p50 µs", "p99 µs", "vs TCP", "runs", "spread"]
+    title = "A ping each 0.3 ms beside pairs that stream, one way"
+    table = _table(title, ["beside", "size", "transport", "wait"], headings)
+    for record in sorted(records, key=lambda record: record.beside or 0):
+        table.add_row(
+            f"{record.beside} pairs",
+            size_word(record.size),
+            record.name,
+            record.wait,
+            _number(record.p50_us),
+            _number(record.p99_us),
+            _times(ratio(record, records, "p50_us")),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table
+
+
+def _connects(records: Sequence[Record]) -> Table:
+    headings = ["connections/s", "vs TCP", "runs", "spread"]
+    table = _table("Connect, one byte, close", ["transport", "client", "wait"], headings)
+    for record in _by_size(records):
+        table.add_row(
+            record.name,
+            record.client,
+            record.wait,
+            _number(record.per_second),
+            _times(ratio(record, records, "per_second")),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table

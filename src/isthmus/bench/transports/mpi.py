@@ -1,0 +1,132 @@
+"""mpi4py: two ranks of whichever MPI is installed, started by its own launcher.
+
+MPI matches tags and polls many peers, which the rings do not; and its ranks map each other's memory or read
+it through the kernel, which strangers may not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from typing import Any, cast
+
+from isthmus.bench import loops
+from isthmus.bench.cases import Case
+from isthmus.bench.native import Report
+from isthmus.bench.transports import Job, Transport, why_not_importable
+from isthmus.bench.worker import Control
+
+__all__ = ["TRANSPORT", "main"]
+
+TIMEOUT_S = 12
+
+
+class TRANSPORT(Transport):
+    """Blocking Send and Recv of buffers; both libraries spin while they wait."""
+
+    name = "mpi4py"
+    clients = ("python",)
+    benches = ("pingpong", "stream")
+    waits = ("spin",)
+    start_s = 0.8
+
+    def missing(self) -> str | None:
+        """Whether it, an MPI and a launcher are installed."""
+        if reason := why_not_importable("mpi4py", "mpi4py"):
+            return reason
+        if launcher() is None:
+            return "no mpiexec; install MPICH or Open MPI (pip install mpich does)"
+        probe = subprocess.run(
+            [sys.executable, "-c", "from mpi4py import MPI"],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        return probe.stderr.strip().splitlines()[-1] if probe.returncode else None
+
+    def roles(self, case: Case) -> tuple[str, ...]:
+        """The launcher starts both ends."""
+        return ("alone",)
+
+    def alone(self, job: Job, control: Control) -> Report:
+        """Launch the two ranks and wait for what rank 0 prints."""
+        command = [
+            launcher() or "mpiexec",
+            "-n",
+            "2",
+            sys.executable,
+            "-m",
+            __name__,
+            json.dumps(job.as_dict()),
+        ]
+        # Open MPI refuses root otherwise, and binds both ranks to one core of two.
+        extra = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        extra |= {"OMPI_MCA_hwloc_base_binding_policy": "none", "HYDRA_TOPO_DEBUG": "0"}
+        control.go()
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | extra, timeout=TIMEOUT_S, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"mpiexec: {(done.stderr or done.stdout).strip()[-300:]}")
+        told = json.loads(done.stdout)
+        control.detail["mpi"] = told["library"]
+        control.detail["launcher_cpu_s"] = children_cpu_seconds()
+        return cast(Report, told["report"])
+
+
+def launcher() -> str | None:
+    """Return the mpiexec beside this Python, or the one on the path."""
+    beside = os.path.join(os.path.dirname(sys.executable), "mpiexec")
+    return beside if os.access(beside, os.X_OK) else shutil.which("mpiexec")
+
+
+def children_cpu_seconds() -> float:
+    """Return the CPU seconds of every child that was waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+class Channel:
+    """Send to, and receive from, the other rank."""
+
+    def __init__(self, mpi: Any) -> None:
+        self._comm = mpi.COMM_WORLD
+        self._peer = 1 - self._comm.Get_rank()
+        self._byte = mpi.BYTE
+
+    def send(self, message: bytearray) -> None:
+        """Return when the message may be overwritten."""
+        self._comm.Send([message, self._byte], self._peer)
+
+    def recv_into(self, message: bytearray) -> None:
+        """Return when all of it is here."""
+        self._comm.Recv([message, self._byte], self._peer)
+
+
+def main() -> None:
+    """One rank: 0 is the client, and prints what both found."""
+    fields = json.loads(sys.argv[1])
+    mpi: Any = importlib.import_module("mpi4py.MPI")
+    comm = mpi.COMM_WORLD
+    rank = comm.Get_rank()
+    job = Job.from_dict({**fields, "role": ("client", "server")[rank]})
+    if job.cpus:
+        os.sched_setaffinity(0, [job.cpus[rank % len(job.cpus)]])
+    comm.Barrier()
+    report = loops.play(job, Channel(mpi))
+    reports = comm.gather(report, root=0)
+    if rank == 0:
+        client, server = reports
+        report = client if job.load == "pingpong" else server
+        both = {**report, "cpu_s": client["cpu_s"] + server["cpu_s"]}
+        library = mpi.Get_library_version().split("\n")[0].strip("\0 ")
+        print(json.dumps({"report": both, "library": library}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,476 @@
+"""`isthmus bench` without Isthmus: records, tables, plots, the bridge, every baseline's bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from isthmus.bench import loops, native, transports
+from isthmus.bench.bridge import Bridge, BridgeError
+from isthmus.bench.cases import Case, Settings, cases_of, groups_of, parse_sizes
+from isthmus.bench.cli import bench_group
+from isthmus.bench.plots import write_plots
+from isthmus.bench.process import Pool, WorkerError
+from isthmus.bench.records import Record, median, records_as_json, spread
+from isthmus.bench.runner import Run, Runner, measure, record_of
+from isthmus.bench.table import print_tables, ratio, size_word
+from isthmus.bench.transports.ucx import parse_final
+
+BASELINES = ("tcp-bridge", "unix", "mapped-ring")
+CLIENTS = ("native", "python")
+BRIEF = Settings(quick=True, repeat=1)
+
+PING = Case("pingpong", "tcp-bridge", None, "native", "spin", 64)
+
+
+def record(**changes: object) -> Record:
+    """A record of TCP spinning at 64 bytes, with changes."""
+    run = Run([native.report(p50_us=4.9, p99_us=6.0, count=10, seconds=0.1)], 0.1, 0, 0.0, None, {})
+    return replace(record_of(PING, [run], {"cpu_model": "abacus", "cores": 2}), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def bridge_or_skip() -> None:
+    try:
+        with Bridge():
+            pass
+    except BridgeError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_left() -> Iterator[None]:
+    """Whatever a test started has ended when they are all over."""
+    yield
+    started = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
+    )
+    left = [
+        line for line in started.stdout.splitlines() if "isthmus.bench.worker" in line or line.endswith("cat")
+    ]
+    assert not left
+
+
+# Figures
+
+
+def test_sizes_are_bytes_with_binary_suffixes() -> None:
+    assert parse_sizes("1, 64,4k,512KiB,1M") == (1, 64, 4096, 512 << 10, 1 << 20)
+    for wrong in ("", "0", "-1", "4T", "64,,1", "x"):
+        with pytest.raises(ValueError, match="size"):
+            parse_sizes(wrong)
+    assert [size_word(size) for size in (1, 64, 1000, 4096, 1 << 20, None)] == [
+        "1",
+        "64",
+        "1000",
+        "4K",
+        "1M",
+        "",
+    ]
+
+
+def test_medians_and_spread_ignore_what_is_absent() -> None:
+    assert median([3.0, None, 1.0, 2.0]) == 2.0
+    assert median([None]) is None
+    assert spread([9.0, 10.0, 12.0]) == pytest.approx(0.3)
+    assert spread([]) is None
+
+
+def test_a_record_is_the_medians_of_its_runs() -> None:
+    case = Case("stream", "unix", None, "native", "block", 1000, pairs=2)
+    runs = []
+    for nanoseconds in (1.0, 2.0, 4.0):
+        figures = [native.report(count=10, bytes=10_000, seconds=1e-6 * nanoseconds, total_bytes=20_000)] * 2
+        runs.append(Run(figures, 0.004 * nanoseconds, 40_000, 0.0, 0.06, {"send_buffer": 1}))
+    found = record_of(case, runs, {})
+    assert found.gbytes_per_s == pytest.approx(10.0), "two pairs, 10 kB in 2 us each"
+    assert found.per_second == pytest.approx(10e6)
+    assert found.cpu_s_per_gb == pytest.approx(0.008 / 40e-6)
+    assert found.runs == 3
+    assert found.spread == pytest.approx((20 - 5) / 10)
+    assert found.p50_us is None
+    assert found.detail["send_buffer"] == 1
+    assert found.detail["line_us"] == [0.06] * 3
+
+
+def test_json_is_one_list_with_every_field_and_null_for_what_is_absent() -> None:
+    listed = json.loads(records_as_json([record(), record(path="sealed", gbytes_per_s=1 / 3)]))
+    assert [set(item) for item in listed] == [{field.name for field in fields(Record)}] * 2
+    wanted = "bench transport path client wait size pairs data pages p50_us p99_us gbytes_per_s per_second"
+    assert set(f"{wanted} cpu_s_per_gb runs spread machine".split()) <= set(listed[0])
+    assert listed[0]["path"] is None
+    assert listed[0]["gbytes_per_s"] is None
+    assert listed[1]["gbytes_per_s"] == 0.333333
+    assert json.loads(records_as_json([])) == []
+
+
+def test_ratios_compare_what_is_comparable() -> None:
+    block = record(wait="block", p50_us=26.3)
+    ring = record(transport="mapped-ring", p50_us=0.075)
+    everything = [record(), block, ring]
+    assert ratio(ring, everything, "p50_us", "spin") == pytest.approx(4.9 / 0.075)
+    assert ratio(ring, everything, "p50_us", "block") == pytest.approx(26.3 / 0.075)
+    assert ratio(replace(ring, size=4096), everything, "p50_us") is None
+    assert ratio(replace(ring, client="python"), everything, "p50_us") is None
+    faster = [
+        record(bench="stream", gbytes_per_s=8.5),
+        record(bench="stream", transport="unix", gbytes_per_s=17.0),
+    ]
+    assert ratio(faster[1], faster, "gbytes_per_s") == pytest.approx(2.0)
+
+
+def test_tables_show_every_record_and_its_ratio() -> None:
+    console = Console(record=True, width=130, file=open(os.devnull, "w"))  # noqa: SIM115
+    everything = [
+        record(),
+        record(transport="isthmus", path="sealed", p50_us=0.075),
+        record(bench="stream", size=512 << 10, wait="block", gbytes_per_s=8.5, cpu_s_per_gb=0.2),
+        record(bench="pairs", size=512 << 10, pairs=8, gbytes_per_s=10.5, pinned=False),
+        record(bench="pairs", beside=4, p99_us=3518.0),
+        record(bench="connect", size=None, per_second=12345.0),
+    ]
+    print_tables(everything, console)
+    console.file.close()
+    text = console.export_text()
+    for word in ("isthmus sealed", "65.33 ×", "8.5", "unpinned", "4 pairs", "3,518", "12,345", "abacus"):
+        assert word in text
+
+
+def test_plots_are_written_for_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    points = [record(size=size, p50_us=size / 10) for size in (1, 64, 4096)]
+    points += [record(bench="pairs", size=512 << 10, pairs=pairs, gbytes_per_s=9.0) for pairs in (1, 8)]
+    written = write_plots(points, tmp_path / "deep" / "out")
+    assert [path.name for path in written] == [
+        "latency.png",
+        "latency.svg",
+        "pairs-pinned.png",
+        "pairs-pinned.svg",
+    ]
+    assert all(path.stat().st_size > 5000 for path in written)
+    assert write_plots([], tmp_path) == []
+
+
+# Which cases, in which order
+
+
+class Fake(transports.Transport):
+    """A transport with nothing behind it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # type: ignore[misc]
+
+
+class FakeRunner(Runner):
+    """Remembers what it was told to run."""
+
+    order: list[str]
+
+    def run(self, case: Case) -> Run:
+        self.order.append(case.transport)
+        if case.transport == "broken":
+            raise WorkerError("it broke")
+        return Run([native.report(p50_us=1.0, count=1, seconds=1.0)], 0.0, 0, 0.0, None, {})
+
+
+def fake_runner(settings: Settings, told: list[str]) -> FakeRunner:
+    runner = FakeRunner(settings, {}, {}, Pool(), told.append, cpus=[0, 1], described={})
+    runner.order = []
+    return runner
+
+
+def test_runs_of_a_group_are_interleaved_and_a_broken_case_stops_only_itself() -> None:
+    told: list[str] = []
+    runner = fake_runner(Settings(repeat=3), told)
+    records = runner.group([replace(PING, transport=name) for name in ("a", "broken", "b")], None)
+    assert runner.order == ["a", "broken", "b", "a", "b", "a", "b"]
+    assert [(found.transport, found.runs) for found in records] == [("a", 3), ("b", 3)]
+    assert told == ["no figure for pingpong broken native spin 64 B: it broke"]
+
+
+def test_a_group_whose_time_is_over_is_still_run_once() -> None:
+    runner = fake_runner(Settings(repeat=3), [])
+    records = runner.group([PING], time.monotonic() - 1)
+    assert [found.runs for found in records] == [1]
+
+
+def test_candidates_of_one_situation_form_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing", lambda: None)
+    settings = Settings(sizes=(64, 4096), clients=("native",), waits=("spin", "block"))
+    told: list[str] = []
+    cases = cases_of("pingpong", settings, [Fake("a"), Fake("b")], told.append)
+    groups = groups_of(cases)
+    assert [[(case.transport, case.wait) for case in group.cases] for group in groups] == [
+        [("a", "spin"), ("a", "block"), ("b", "spin"), ("b", "block")]
+    ] * 2
+    assert told == []
+
+
+def test_what_cannot_be_measured_is_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing", lambda: "not built today")
+    told: list[str] = []
+    settings = Settings(sizes=(64,), clients=("native", "asyncio"), waits=("spin",))
+    assert cases_of("pingpong", settings, [Fake("a")], told.append) == []
+    assert any("not built today" in line for line in told)
+    assert any("no asyncio client" in line for line in told)
+
+
+# The bridge
+
+
+def in_namespace(bridge: Bridge, side: str, *command: str) -> str:
+    return subprocess.run([*bridge.prefix(side), *command], capture_output=True, text=True, check=True).stdout
+
+
+def links() -> str:
+    return Path("/proc/net/dev").read_text().split("lo:")[0] + str(sorted(os.listdir("/sys/class/net")))
+
+
+@pytest.mark.usefixtures("bridge_or_skip")
+def test_two_namespaces_reach_each_other_and_the_machine_is_not_touched() -> None:
+    before = links()
+    with Bridge() as bridge:
+        assert links() == before
+        server = subprocess.Popen(
+            [*bridge.prefix("right"), sys.executable, "-c", LISTEN, bridge.right_address],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert server.stdout is not None
+        port = server.stdout.readline().strip()
+        said = in_namespace(bridge, "left", sys.executable, "-c", CONNECT, bridge.right_address, port)
+        server.communicate()
+        assert said.strip() == bridge.left_address
+        inside = in_namespace(
+            bridge, "left", sys.executable, "-c", "import os; print(os.readlink('/proc/self/ns/net'))"
+        )
+        assert inside.strip() != os.readlink("/proc/self/ns/net")
+        holders = [int(bridge.prefix(side)[-2]) for side in ("left", "right")]
+    assert links() == before
+    assert not any(Path(f"/proc/{pid}").exists() for pid in holders)
+
+
+LISTEN = """
+import socket, sys
+listener = socket.create_server((sys.argv[1], 0))
+print(listener.getsockname()[1], flush=True)
+connection, peer = listener.accept()
+connection.sendall(peer[0].encode())
+connection.close()
+listener.close()
+"""
+CONNECT = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
+    print(connection.recv(100).decode())
+"""
+
+
+@pytest.mark.usefixtures("bridge_or_skip")
+def test_a_bridge_goes_with_the_process_that_made_it_even_if_that_is_killed() -> None:
+    program = """
+import sys, time
+from isthmus.bench.bridge import Bridge
+with Bridge() as bridge:
+    print(*(bridge.prefix(side)[-2] for side in ("left", "right")), flush=True)
+    time.sleep(60)
+"""
+    maker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert maker.stdout is not None
+    holders = [Path(f"/proc/{pid}") for pid in maker.stdout.readline().split()]
+    assert len(holders) == 2
+    assert all(holder.exists() for holder in holders)
+    maker.send_signal(signal.SIGKILL)
+    maker.communicate()
+    deadline = time.monotonic() + 10
+    while any(holder.exists() for holder in holders) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(holder.exists() for holder in holders)
+
+
+def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(BridgeError, match="ip is not installed"):
+        Bridge().__enter__()
+
+
+# The baselines, in real processes
+
+
+def measured(bench: str, client: str, names: tuple[str, ...], **changes: object) -> list[Record]:
+    """Measure briefly; the loops themselves check every byte of the last message."""
+    told: list[str] = []
+    settings = replace(BRIEF, clients=(client,), **changes)  # type: ignore[arg-type]
+    found = measure([bench], settings, [transports.load(name) for name in names], tell=told.append)
+    assert not [line for line in told if line.startswith("no figure")]
+    return found
+
+
+@pytest.fixture(params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> str:
+    if request.param == "native" and (reason := native.missing()):
+        pytest.skip(f"no native client: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture(params=BASELINES)
+def baseline(request: pytest.FixtureRequest) -> str:
+    if reason := transports.load(request.param).missing():
+        pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("size", [1, 70_001])
+def test_a_ping_comes_back_as_it_left(baseline: str, client: str, size: int) -> None:
+    found = measured("pingpong", client, (baseline,), sizes=(size,), waits=("spin", "adaptive", "block"))
+    assert [each.wait for each in found] == ["spin", "adaptive", "block"]
+    for each in found:
+        assert each.p50_us is not None
+        assert each.p99_us is not None
+        assert 0 < each.p50_us <= each.p99_us
+        assert each.gbytes_per_s is None
+
+
+def test_a_stream_ends_in_the_receivers_buffer(baseline: str, client: str) -> None:
+    found = measured("stream", client, (baseline,), sizes=(300_000,), waits=("block", "adaptive"))
+    assert len(found) == 2
+    for each in found:
+        assert each.gbytes_per_s is not None
+        assert each.cpu_s_per_gb is not None
+        assert each.gbytes_per_s > 0
+        assert each.cpu_s_per_gb > 0
+        assert each.p50_us is None
+        if baseline == "tcp-bridge":
+            assert each.detail["congestion_control"] == "cubic"
+
+
+def test_cold_data_on_huge_pages_is_walked_by_the_native_client(baseline: str) -> None:
+    if reason := native.missing():
+        pytest.skip(f"no native client: {reason}")
+    found = measured("stream", "native", (baseline,), sizes=(1 << 20,), data=("cold",), pages=("huge",))
+    assert found
+    assert all((each.data, each.pages) == ("cold", "huge") and each.gbytes_per_s for each in found)
+
+
+def test_huge_pages_under_python_buffers() -> None:
+    (found,) = measured("stream", "python", ("unix",), sizes=(300_000,), pages=("huge",))
+    assert found.pages == "huge"
+    assert found.gbytes_per_s
+
+
+def test_pairs_measure_together_and_a_ping_beside_them(baseline: str) -> None:
+    if reason := native.missing():
+        pytest.skip(f"no native client: {reason}")
+    found = measured("pairs", "native", (baseline,), pairs=(2,))
+    together = [each for each in found if each.beside is None]
+    assert [(each.pairs, each.pinned) for each in together] == [(2, True), (2, False)]
+    assert all(each.gbytes_per_s for each in together)
+    (ping,) = [each for each in found if each.beside == 2]
+    assert ping.p50_us
+    assert ping.gbytes_per_s is None
+
+
+@pytest.mark.parametrize("name", ["tcp-bridge", "unix"])
+def test_connections_are_counted(name: str, client: str) -> None:
+    if reason := transports.load(name).missing():
+        pytest.skip(f"{name}: {reason}")
+    (found,) = measured("connect", client, (name,))
+    assert found.per_second is not None
+    assert found.per_second > 0
+    assert found.size is None
+
+
+def test_a_round_trip_is_awaited_in_one_event_loop() -> None:
+    (found,) = measured("pingpong", "asyncio", ("unix",), sizes=(64,))
+    assert found.client == "asyncio"
+    assert found.p50_us
+
+
+def test_the_limits_are_measured_in_the_same_run() -> None:
+    if reason := native.missing():
+        pytest.skip(f"no limits: {reason}")
+    (line,) = measured("pingpong", "native", ("cacheline",), sizes=(4096,))
+    assert line.size == 64
+    assert line.p50_us
+    (copy,) = measured("stream", "native", ("memcpy",), sizes=(65536,))
+    assert copy.gbytes_per_s
+
+
+@pytest.mark.parametrize("name", ["pyzmq", "mpi4py", "ucx", "iceoryx2"])
+def test_an_installed_peer_gives_figures(name: str) -> None:
+    transport = transports.load(name)
+    if reason := transport.missing():
+        pytest.skip(f"{name}: {reason}")
+    (client,) = transport.clients
+    (ping,) = measured("pingpong", client, (name,), sizes=(64,))
+    (stream,) = measured("stream", client, (name,), sizes=(65536,))
+    assert ping.p50_us
+    assert stream.gbytes_per_s
+
+
+def test_ucx_perftests_last_line_is_read_by_position() -> None:
+    sample = "Final:  1000000  0.106  0.106  0.106  576.05  576.05  9437777  9437777\n"
+    assert parse_final(f"[1700000000.1] warning\n{sample}") == (0.106, 576.05)
+    with pytest.raises(ValueError, match="no route"):
+        parse_final("no route to host")
+
+
+def test_a_channel_that_damages_messages_gets_no_figure() -> None:
+    class Damaging:
+        def send(self, message: bytearray) -> None:
+            self.sent = bytes(message)
+
+        def recv_into(self, message: bytearray) -> None:
+            message[:] = self.sent
+            message[40] ^= 1
+
+    job = transports.Job(PING, "client", "pingpong", 64, [], 0.0, 0.0, 0.0, "", {})
+    with pytest.raises(ValueError, match="byte 40 of the last message"):
+        loops.play(job, Damaging())
+
+
+def test_a_worker_that_fails_says_why_and_leaves_nobody_waiting() -> None:
+    with ExitStack() as stack:
+        pool = stack.enter_context(Pool())
+        # Without what `prepare` makes, the server does not know its address, and the client waits for it.
+        setups = {"tcp-bridge": transports.Setup()}
+        runner = Runner(BRIEF, {"tcp-bridge": transports.load("tcp-bridge")}, setups, pool, print)
+        with pytest.raises(WorkerError, match="KeyError: 'host'"):
+            runner.run(replace(PING, client="python"))
+
+
+# The command
+
+
+def test_json_is_all_there_is_on_standard_output(tmp_path: Path) -> None:
+    arguments = "--quick --repeat 1 --sizes 64 --clients python --transports unix,pyzmq --waits block --json"
+    done = CliRunner().invoke(bench_group, ["pingpong", *arguments.split(), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    listed = json.loads(done.stdout)
+    assert {item["transport"] for item in listed} <= {"unix", "pyzmq"}
+    assert listed[0]["machine"]["congestion_control"] == "cubic"
+    assert (tmp_path / "records.json").exists()
+
+
+def test_an_unknown_word_is_refused_with_the_choices() -> None:
+    done = CliRunner().invoke(bench_group, ["stream", "--transports", "pigeon"])
+    assert done.exit_code == 2
+    assert "pigeon: one of tcp-bridge" in done.output
+
+
+def test_nothing_measured_is_a_failure() -> None:
+    done = CliRunner().invoke(bench_group, ["connect", "--transports", "memcpy", "--clients", "asyncio"])
+    assert done.exit_code == 1
+    assert "nothing was measured" in done.output
