@@ -385,9 +385,17 @@ def test_a_connection_may_not_be_put_where_policy_says_sealed(a: Program, b: Pro
 
 
 def test_a_new_policy_cuts_what_it_no_longer_allows_and_nothing_else(tmp_path: Path) -> None:
-    open_, strict = 'from = "{0}"\nto = "b"\naction = "accept"', 'from = "{0}"\nto = "b"\naction = "accept"\nstrict = true'
+    open_, strict = (
+        'from = "{0}"\nto = "b"\naction = "accept"',
+        'from = "{0}"\nto = "b"\naction = "accept"\nstrict = true',
+    )
     text = DOMAINS + policy_of(open_.format("*"))
-    with Node(tmp_path / "run", text) as node, node.attach("a") as a, node.attach("b") as b, node.attach("c") as c:
+    with (
+        Node(tmp_path / "run", text) as node,
+        node.attach("a") as a,
+        node.attach("b") as b,
+        node.attach("c") as c,
+    ):
         b.bind(5)
         first, its_other = a.connect("b", 5, b)
         second, _ = c.connect("b", 5, b)
@@ -411,7 +419,10 @@ def test_a_new_policy_cuts_what_it_no_longer_allows_and_nothing_else(tmp_path: P
         assert "rule 1 refuses" in cut["text"]
         assert a.refused(request).refusal == "refused-by-rule"
         b.accept(pending, fds=inbox())
-        assert {b.next("cut")["connection"], b.next("cut")["connection"]} == {second.number, pending["connection"]}
+        assert {b.next("cut")["connection"], b.next("cut")["connection"]} == {
+            second.number,
+            pending["connection"],
+        }
 
 
 def test_a_dropped_connection_is_cut_without_naming_the_rule(tmp_path: Path) -> None:
@@ -431,7 +442,9 @@ def test_a_broken_policy_is_refused_whole(tmp_path: Path) -> None:
         b.bind(5)
         a.connect("b", 5, b)
         with pytest.raises(ValueError, match=r"run\.toml:10: rule 2: action: 'fly' is not one of"):
-            node.change_policy('[[rule]]\nfrom="*"\nto="*"\naction="refuse"\n\n\n[[rule]]\nfrom="a"\nto="b"\naction="fly"')
+            node.change_policy(
+                '[[rule]]\nfrom="*"\nto="*"\naction="refuse"\n\n\n[[rule]]\nfrom="a"\nto="b"\naction="fly"'
+            )
         assert node.service.policy_error is not None
         assert a.quiet()
         a.connect("b", 5, b)
@@ -491,7 +504,13 @@ def limited(tmp_path: Path, **limits: int) -> Node:
 
 @pytest.mark.parametrize(
     ("limit", "value"),
-    [("connections", 2), ("connections_per_peer", 2), ("lanes", 4), ("memory", 2 * SMALL), ("memory", 3 * SMALL - 1)],
+    [
+        ("connections", 2),
+        ("connections_per_peer", 2),
+        ("lanes", 4),
+        ("memory", 2 * SMALL),
+        ("memory", 3 * SMALL - 1),
+    ],
 )
 def test_a_limit_holds_for_the_one_who_connects(tmp_path: Path, limit: str, value: int) -> None:
     with limited(tmp_path, **{limit: value}) as node, node.attach("a") as a, node.attach("b") as b:
@@ -549,9 +568,11 @@ def test_ports_rings_and_programs_are_bounded(tmp_path: Path) -> None:
                 a.bind(3)
             b.bind(5)
             assert "ring: " in a.try_connect("b", 5, large=2 << 20).text
-            with pytest.raises(Refused, match="attachments: domain a may hold 2"):
-                with node.attach("a", hello=False) as third:
-                    third.answer(0)
+            with (
+                node.attach("a", hello=False) as third,
+                pytest.raises(Refused, match="attachments: domain a may hold 2"),
+            ):
+                third.answer(0)
         eventually(lambda: not node.broker.domains["a"].attachments)
         with node.attach("a"):
             pass

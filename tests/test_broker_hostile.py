@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import resource
 import socket
@@ -15,6 +15,7 @@ import pytest
 from broker_client import SMALL, Node, Program, Refused, eventually, sealed_ring
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from isthmus._native import CONTROL_VERSION, control_decode, control_encode
 from isthmus.broker import attachment as attachment_module
 from isthmus.broker.descriptors import WAITING_MAX, Descriptors, Undertaker
@@ -42,8 +43,9 @@ def neighbours(node: Node) -> Iterator[tuple[Program, Program]]:
         good.ask("resolve", name="good")
 
 
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def open_descriptors(node: Node) -> int:
+    """Counted by the broker's own thread, so that it is in the middle of nothing."""
+    return node.do(lambda: len(os.listdir("/proc/self/fd")))
 
 
 def descriptors_at_rest(node: Node, attached: int) -> int:
@@ -55,14 +57,16 @@ def descriptors_at_rest(node: Node, attached: int) -> int:
         return sum(len(d.attachments) for d in domains) == attached and not waiting
 
     eventually(at_rest)
-    return open_descriptors()
+    return open_descriptors(node)
 
 
 @pytest.mark.parametrize(
     "packet",
     [
-        control_encode("connect", 1, to="good", to_port=1, from_port=0, kind="stream", carrier="sealed", require=0,
-                       small=SMALL, large=0),
+        control_encode(
+            "connect", 1, to="good", to_port=1, from_port=0, kind="stream", carrier="sealed", require=0,
+            small=SMALL, large=0,
+        ),
         control_encode("welcome", 1, features=0, domain=1, domain_name="good", node="x", ring_max=1, epoch=1),
         b"\x01",
         b"\x01" * 12,
@@ -86,8 +90,8 @@ def test_messages_out_of_place_end_the_attachment(
         "hello": {"features": 0, "program": "again"},
         "welcome": {"features": 0, "domain": 1, "domain_name": "a", "node": "x", "ring_max": 1, "epoch": 1},
         "incoming": {
-            "connection": 1, "secret": 1, "from": 1, "from_name": "a", "from_port": 1, "port": 1, "partner": 1,
-            "kind": "stream", "carrier": "sealed", "small": 1, "large": 1, "why": "", "ticket": bytes(32),
+            "connection": 1, "secret": 1, "from": 1, "from_name": "a", "from_port": 1, "port": 1,
+            "partner": 1, "kind": "stream", "carrier": "sealed", "small": 1, "large": 1, "why": "", "ticket": bytes(32),
         },
         "cut": {"connection": 1, "refusal": "version", "text": ""},
         "report": {"offset": 0, "total": 0, "text": ""},
@@ -100,13 +104,17 @@ def test_messages_out_of_place_end_the_attachment(
 
 def test_another_version_is_told_so(node: Node) -> None:
     with node.attach("hostile", hello=False) as program:
-        program.send_raw(bytes([CONTROL_VERSION + 1]) + control_encode("hello", 1, features=0, program="x")[1:])
+        program.send_raw(
+            bytes([CONTROL_VERSION + 1]) + control_encode("hello", 1, features=0, program="x")[1:]
+        )
         kind, _, fields = program.receive()
         assert (kind, fields["refusal"]) == ("refused", "version")
         assert program.ended()
 
 
-def test_a_packet_that_is_too_long_ends_the_attachment(node: Node, neighbours: tuple[Program, Program]) -> None:
+def test_a_packet_that_is_too_long_ends_the_attachment(
+    node: Node, neighbours: tuple[Program, Program]
+) -> None:
     with node.attach("hostile") as hostile:
         hostile.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         hostile.send_raw(bytes(5000))
@@ -127,7 +135,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(
             assert hostile.ended()
     for fd in mine:
         os.close(fd)
-    eventually(lambda: open_descriptors() == before)
+    eventually(lambda: open_descriptors(node) == before)
 
 
 def test_descriptors_before_the_greeting_and_beside_nothing_are_closed(node: Node) -> None:
@@ -138,7 +146,7 @@ def test_descriptors_before_the_greeting_and_beside_nothing_are_closed(node: Nod
             hostile.send_raw(packet, fds)
             os.close(fds[0])
             assert hostile.ended()
-    eventually(lambda: open_descriptors() == before)
+    eventually(lambda: open_descriptors(node) == before)
 
 
 def test_being_out_of_descriptors_is_not_the_programs_fault(node: Node) -> None:
@@ -154,12 +162,9 @@ def test_being_out_of_descriptors_is_not_the_programs_fault(node: Node) -> None:
         fillers = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 4, hard))
         try:
-            while True:
-                try:
+            with contextlib.suppress(OSError):
+                while True:
                     fillers.append(os.dup(fds[0]))
-                except OSError as error:
-                    assert error.errno == errno.EMFILE
-                    break
             program.send_raw(packet, fds)
             refused = program.refused(5)
         finally:
@@ -187,8 +192,8 @@ packets = st.one_of(
     ),
     st.builds(
         lambda to, port, small, large, carrier: control_encode(
-            "connect", 1, to=to, to_port=port, from_port=0, kind="stream", carrier=carrier, require=0, small=small,
-            large=large,
+            "connect", 1, to=to, to_port=port, from_port=0, kind="stream", carrier=carrier, require=0,
+            small=small, large=large,
         ),
         st.sampled_from(["good", "listener", "hostile", "1", "x"]),
         st.sampled_from([1, 7]),
@@ -211,7 +216,9 @@ packets = st.one_of(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(packets, st.integers(0, 4)), max_size=8))
 def test_random_packets_hurt_nobody_else(
@@ -265,17 +272,22 @@ def test_five_hundred_connections_leave_no_descriptor(node: Node) -> None:
         round_(good, listener, 500)
         good.ask("resolve", name="good")
         listener.ask("resolve", name="good")
-        eventually(lambda: open_descriptors() == before, "descriptors leak")
+        eventually(lambda: open_descriptors(node) == before, "descriptors leak")
         assert node.holds("good") == (0, 0, 0, 0, 0)
 
 
 def test_a_flood_is_slowed_down_and_stalls_nobody(tmp_path: Path) -> None:
     policy = (
-        '[[domain]]\nname = "flood"\nlimits = { control_messages_per_second = 200, control_messages_burst = 20 }\n'
+        '[[domain]]\nname = "flood"\n'
+        "limits = { control_messages_per_second = 200, control_messages_burst = 20 }\n"
         '[[domain]]\nname = "good"\n[[domain]]\nname = "listener"\n'
     )
     packet = control_encode("resolve", 1, name="good")
-    with Node(tmp_path / "run", policy) as node, node.attach("good") as good, node.attach("listener") as listener:
+    with (
+        Node(tmp_path / "run", policy) as node,
+        node.attach("good") as good,
+        node.attach("listener") as listener,
+    ):
         listener.bind(7)
         flooding = node.attach("flood")
         stop = threading.Event()
@@ -314,11 +326,11 @@ def test_who_does_not_read_loses_its_attachment_only(
     packet = control_encode("status", 1, offset=0)
     before = node.broker.dropped.get("slow", 0)
     with node.attach("hostile") as hostile:
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while True:
                 hostile.send_raw(packet)
         assert hostile.ended()
-    assert node.broker.dropped["slow"] == before + 1
+    eventually(lambda: node.broker.dropped.get("slow", 0) == before + 1)
 
 
 def test_others_cannot_fill_a_listeners_queue(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +415,14 @@ def test_a_domain_whose_descriptors_cannot_be_closed_waits_outside(node: Node) -
 
 
 def test_a_foreign_protocol_on_the_operators_socket_is_answered_or_dropped(node: Node) -> None:
-    for line in (b"GET / HTTP/1.1\r\n", b"[]\n", b'{"do": ["x"]}\n', b"null\n", b"{" * 2000 + b"\n", b"\xff\n"):
+    for line in (
+        b"GET / HTTP/1.1\r\n",
+        b"[]\n",
+        b'{"do": ["x"]}\n',
+        b"null\n",
+        b"{" * 2000 + b"\n",
+        b"\xff\n",
+    ):
         answer = node.do(lambda line=line: node.service._console.answer(line))  # type: ignore[misc]
         assert answer["ok"] is False
         assert answer["error"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from broker_client import SMALL, Connection, Node, Program, Refused, eventually, inbox
+
 from isthmus.broker.service import ServiceError
 from isthmus.broker.state import State, StateError
 
@@ -56,7 +57,7 @@ def test_connections_are_taken_up_again_by_both_sides(node: Node) -> None:
         assert node.holds("a")[:3] == node.holds("b")[:3] == (1, 2, SMALL)
         assert ours.resume(a) == "done", "twice is once"
         assert node.holds("a")[0] == 1
-        with pytest.raises(Refused, match="port is in use|in use"):
+        with pytest.raises(Refused, match="is in use"):
             a.bind(ours.fields["from_port"])
         a.send("close", connection=ours.number)
         b.send("close", connection=theirs.number)
@@ -153,7 +154,8 @@ def test_todays_policy_decides_about_yesterdays_connections(tmp_path: Path) -> N
 
 
 def test_a_strict_connection_is_resumed_with_its_page_alone(tmp_path: Path) -> None:
-    text = '[[domain]]\nname = "a"\n[[domain]]\nname = "b"\n[[rule]]\nfrom="*"\nto="*"\naction="accept"\nstrict=true\n'
+    text = '[[domain]]\nname = "a"\n[[domain]]\nname = "b"\n'
+    text += '[[rule]]\nfrom = "*"\nto = "*"\naction = "accept"\nstrict = true\n'
     with Node(tmp_path / "run", text) as node:
         with node.attach("a") as a, node.attach("b") as b:
             b.bind(5000)
@@ -198,7 +200,7 @@ def test_limits_hold_for_resumed_connections_too(tmp_path: Path) -> None:
 
 
 def test_a_second_broker_on_one_directory_is_refused(node: Node) -> None:
-    with pytest.raises(ServiceError, match="another broker .process [0-9]+. serves this directory"):
+    with pytest.raises(ServiceError, match=r"another broker \(process [0-9]+\) serves this directory"):
         Node(node.directory)
     with node.attach("a") as a:
         a.bind(1)

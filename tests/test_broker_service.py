@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from broker_client import DEADLINE_S, Node, Program, eventually
+
 from isthmus.broker import metrics, notify
 from isthmus.broker.console import may_operate
 from isthmus.broker.log import LINES_BURST, Log
@@ -40,7 +42,9 @@ def http(path: Path, request: bytes) -> bytes:
         os.close(directory)
 
 
-SAMPLE = re.compile(r'([a-z_]+)(\{[a-z]+="(?:[^"\\\n]|\\.)*"(?:,[a-z]+="(?:[^"\\\n]|\\.)*")*\})? ([0-9.e+-]+)')
+SAMPLE = re.compile(
+    r'([a-z_]+)(\{[a-z]+="(?:[^"\\\n]|\\.)*"(?:,[a-z]+="(?:[^"\\\n]|\\.)*")*\})? ([0-9.e+-]+)'
+)
 
 
 def test_figures_are_prometheus_text_over_http(node: Node) -> None:
@@ -80,10 +84,8 @@ def test_other_http_requests_are_answered_plainly(node: Node, request_: bytes, s
 
 
 def test_an_endless_http_request_gets_nothing(node: Node) -> None:
-    try:
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         assert http(node.directory / "metrics", b"x" * 100_000) == b""
-    except (ConnectionResetError, BrokenPipeError):
-        pass
 
 
 def test_every_figure_is_on_its_page() -> None:
@@ -92,7 +94,9 @@ def test_every_figure_is_on_its_page() -> None:
     assert on_page == set(metrics.FAMILIES)
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:1", "10.0.0.1:80", "host:1", "127.0.0.1", "127.0.0.1:x", "[::]:1"])
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "10.0.0.1:80", "host:1", "127.0.0.1", "127.0.0.1:x", "[::]:1"]
+)
 def test_figures_are_served_on_loopback_only(address: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         metrics.parse_address(address)
@@ -170,7 +174,15 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def start_broker(directory: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from isthmus.cli import main; main()", "broker", "--dir", str(directory), *more]
+    command = [
+        sys.executable,
+        "-c",
+        "from isthmus.cli import main; main()",
+        "broker",
+        "--dir",
+        str(directory),
+        *more,
+    ]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
@@ -226,8 +238,8 @@ def test_figures_over_loopback(tmp_path: Path) -> None:
 def test_a_program_that_dies_by_a_signal_is_noticed(node: Node) -> None:
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
-        "from broker_client import Program; p = Program(Path(sys.argv[2])); p.bind(9); print('bound', flush=True); "
-        "time.sleep(60)"
+        "from broker_client import Program; p = Program(Path(sys.argv[2])); p.bind(9); "
+        "print('bound', flush=True); time.sleep(60)"
     )
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(node.door("a"))]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:

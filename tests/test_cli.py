@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from broker_client import Node
+
 from isthmus.cli import app, doctor
 from isthmus.cli.output import size
 
@@ -27,7 +28,9 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield node
 
 
-def isthmus(*arguments: str, where: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def isthmus(
+    *arguments: str, where: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("ISTHMUS_")}
     env.update(environment)
     if where is not None:
@@ -44,9 +47,16 @@ def test_domains_are_added_listed_and_removed(node: Node) -> None:
     assert (made["name"], made["group"], made["origin"]) == ("b", "g", "operator")
     assert Path(made["door"], "door").is_socket()
     listed = json.loads(isthmus("--json", "domain", "list", where=node.directory).stdout)
-    assert [(d["name"], d["origin"]) for d in listed] == [("declared", "policy"), ("a", "operator"), ("b", "operator")]
+    assert [(d["name"], d["origin"]) for d in listed] == [
+        ("declared", "policy"),
+        ("a", "operator"),
+        ("b", "operator"),
+    ]
     assert "declared" in isthmus("domain", "list", where=node.directory).stdout
-    assert isthmus("domain", "remove", "a", where=node.directory).stdout == "a is removed; 0 connections were cut\n"
+    assert (
+        isthmus("domain", "remove", "a", where=node.directory).stdout
+        == "a is removed; 0 connections were cut\n"
+    )
     assert not node.door("a").exists()
 
 
@@ -65,7 +75,9 @@ def test_domains_are_added_listed_and_removed(node: Node) -> None:
         (["broker", "--metrics-http", "0.0.0.0:1"], 2, "loopback only"),
     ],
 )
-def test_errors_are_one_line_with_their_exit_code(node: Node, arguments: list[str], code: int, says: str) -> None:
+def test_errors_are_one_line_with_their_exit_code(
+    node: Node, arguments: list[str], code: int, says: str
+) -> None:
     done = isthmus(*arguments, where=node.directory)
     assert done.returncode == code
     assert done.stdout == ""
@@ -77,7 +89,9 @@ def test_errors_are_one_line_with_their_exit_code(node: Node, arguments: list[st
         assert says in json.loads(as_json.stdout)["error"]
 
 
-@pytest.mark.parametrize("command", [["status"], ["domain", "list"], ["reload"], ["metrics"], ["explain", "a", "b"]])
+@pytest.mark.parametrize(
+    "command", [["status"], ["domain", "list"], ["reload"], ["metrics"], ["explain", "a", "b"]]
+)
 def test_without_a_broker_the_exit_code_is_three(tmp_path: Path, command: list[str]) -> None:
     done = isthmus(*command, where=tmp_path)
     assert done.returncode == 3
@@ -91,7 +105,10 @@ def test_a_broker_that_cannot_start_says_why_in_one_line(node: Node, tmp_path: P
     broken = tmp_path / "broken.toml"
     broken.write_text("\nrule = 1")
     done = isthmus("broker", "--dir", str(tmp_path / "other"), "--policy", str(broken))
-    assert (done.returncode, done.stderr) == (1, f"isthmus: {broken}:2: rule: write [[rule]] above each one\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"isthmus: {broken}:2: rule: write [[rule]] above each one\n",
+    )
     done = isthmus("broker", "--dir", str(tmp_path / "other"), "--policy", str(tmp_path / "none"))
     assert done.stderr == f"isthmus: {tmp_path}/none: No such file or directory\n"
 
@@ -168,7 +185,9 @@ def test_a_policy_is_reloaded_or_left_alone(node: Node) -> None:
 
 
 def test_figures_as_text_and_as_json(node: Node) -> None:
-    assert "# TYPE isthmus_domains gauge\nisthmus_domains 1\n" in isthmus("metrics", where=node.directory).stdout
+    assert (
+        "# TYPE isthmus_domains gauge\nisthmus_domains 1\n" in isthmus("metrics", where=node.directory).stdout
+    )
     assert json.loads(isthmus("metrics", "--json", where=node.directory).stdout)["isthmus_domains"] == 1
 
 
@@ -176,7 +195,8 @@ def test_help_needs_no_command_to_be_imported() -> None:
     code = (
         "import sys; sys.argv = ['isthmus', '--help']; from isthmus.cli.app import root\n"
         "try: root.main(standalone_mode=False)\n"
-        "finally: print(sorted(m for m in sys.modules if m.startswith(('rich', 'isthmus.', 'asyncio', 'numpy'))))"
+        "finally:\n"
+        "  print(sorted(m for m in sys.modules if m.startswith(('rich', 'isthmus.', 'asyncio', 'numpy'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert eval(done.stdout.splitlines()[-1]) == ["isthmus.cli", "isthmus.cli.app", "isthmus.cli.output"]
@@ -204,13 +224,18 @@ def test_completion_scripts_complete(shell: str) -> None:
 def test_missing_extras_are_named(tmp_path: Path) -> None:
     (tmp_path / "click.py").write_text("raise ModuleNotFoundError('no click', name='click')")
     done = isthmus("status", PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stderr) == (1, "isthmus: click is not installed; pip install 'isthmus[cli]'\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "isthmus: click is not installed; pip install 'isthmus[cli]'\n",
+    )
 
 
 def test_the_doctor_examines_everything_and_never_breaks(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ISTHMUS_DOOR", raising=False)
     found = {finding.check: finding for finding in doctor.examine(node.directory)}
-    assert {"kernel", "memfd", "huge pages", "shmem_enabled", "thp", "open files", "/proc", "broker"} <= set(found)
+    assert {"kernel", "memfd", "huge pages", "shmem_enabled", "thp", "open files", "/proc", "broker"} <= set(
+        found
+    )
     assert found["broker"].state == "ok"
     assert all(f.do for f in found.values() if f.state != "ok"), "what is wrong comes with what to do"
     done = isthmus("doctor", "--json", where=node.directory)
@@ -218,7 +243,9 @@ def test_the_doctor_examines_everything_and_never_breaks(node: Node, monkeypatch
     assert done.returncode == int(any(f.state == "fail" for f in found.values()))
 
 
-def test_the_doctor_looks_behind_the_door(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_looks_behind_the_door(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node.add("a")
     monkeypatch.setenv("ISTHMUS_DOOR", str(node.door("a")))
     broker, door = doctor.check_broker(tmp_path)

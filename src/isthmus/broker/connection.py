@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .directory import Binding, Domain
-from .lanes import Counters
 from .policy import Decision
 
 if TYPE_CHECKING:
+    from isthmus._native import Counters
+
     from .attachment import Attachment
 
 

@@ -264,7 +264,8 @@ CHECKS: tuple[Check, ...] = (
 def examine(directory: Path) -> list[Finding]:
     """Do every check; one that breaks is itself a finding."""
     found: list[Finding] = []
-    for check in (*CHECKS, lambda: check_broker(directory)):
+    checks: tuple[Check, ...] = (*CHECKS, lambda: check_broker(directory))
+    for check in checks:
         try:
             found.extend(check())
         except (OSError, subprocess.SubprocessError) as error:
