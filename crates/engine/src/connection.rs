@@ -458,10 +458,10 @@ impl Connection {
             *told_cpu = here;
             let _ = rx.tell_cpu(here);
         }
-        self.ring(rx.settle());
         let ticket = self.bell.ticket();
-        rx.arm().map_err(|e| self.memory(e))?;
-        if !matches!(rx.look(), Ok(Seen::Nothing)) {
+        let (quiet, ring) = rx.prepare_to_sleep().map_err(|e| self.memory(e))?;
+        self.ring(ring);
+        if !quiet {
             let _ = rx.disarm();
             return Ok(());
         }
@@ -547,9 +547,9 @@ impl Connection {
         let mut ready = self.bell.gone();
         if data {
             let mut side = lock(&self.rx);
-            self.ring(side.rx.settle());
-            side.rx.arm().map_err(|e| self.memory(e))?;
-            ready |= !matches!(side.rx.look(), Ok(Seen::Nothing));
+            let (quiet, ring) = side.rx.prepare_to_sleep().map_err(|e| self.memory(e))?;
+            self.ring(ring);
+            ready |= !quiet;
         }
         if space {
             let mut side = lock(&self.tx);

@@ -3,6 +3,7 @@
 //! The only crate that knows Python exists. A method here with an `if` about a protocol belongs a
 //! crate further down.
 
+mod bench;
 mod buffer;
 mod connection;
 mod control;
@@ -18,6 +19,12 @@ mod _native {
 
     #[pymodule_export]
     use super::connection::{Connection, Datagram, Listener, Poller};
+
+    #[pymodule_export]
+    use super::bench::{
+        BenchRing, bench_cacheline, bench_connect_client, bench_connect_server, bench_connection, bench_fd,
+        bench_memcpy, bench_ring, bench_ring_memory,
+    };
 
     #[pymodule_export]
     use super::node::{Counters, Node, Pollable};

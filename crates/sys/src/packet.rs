@@ -2,16 +2,35 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::net::sockopt::Timeout;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
 };
 
+/// Longest path that fits a socket address, bytes.
+const PATH_MAX: usize = 107;
+
 /// Connect to a listening `SOCK_SEQPACKET` socket.
+///
+/// A path too long for a socket address is reached through its directory.
 pub fn connect(path: &Path) -> io::Result<OwnedFd> {
+    if path.as_os_str().len() > PATH_MAX {
+        if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let directory = rustix::fs::open(parent, flags, Mode::empty())?;
+            let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
+            if short.as_os_str().len() <= PATH_MAX {
+                return connect(&short);
+            }
+        }
+        return Err(io::ErrorKind::InvalidFilename.into());
+    }
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
@@ -69,6 +88,19 @@ pub fn push(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
 /// Take bytes from a stream without waiting. 0: the other side is gone.
 pub fn pull(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     let (n, _) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT)?;
+    Ok(n)
+}
+
+/// Let [`pull_waiting`] wait, for at most `limit`.
+pub fn allow_waiting(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(socket)?;
+    rustix::fs::fcntl_setfl(socket, flags - OFlags::NONBLOCK)?;
+    Ok(rustix::net::sockopt::set_socket_timeout(socket, Timeout::Recv, Some(limit))?)
+}
+
+/// Take bytes from a stream, waiting for them as [`allow_waiting`] said.
+pub fn pull_waiting(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    let (n, _) = rustix::net::recv(socket, buffer, RecvFlags::empty())?;
     Ok(n)
 }
 

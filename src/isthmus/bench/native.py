@@ -9,7 +9,7 @@ import importlib
 from typing import Any, Protocol, TypedDict, cast
 
 __all__ = ["PlanDict", "Report", "Ring", "cacheline", "connect_client", "connect_server", "memcpy", "missing"]
-__all__ += ["over_fd", "over_ring", "report", "ring", "ring_memory"]
+__all__ += ["over_connection", "over_fd", "over_ring", "report", "ring", "ring_memory"]
 
 
 class PlanDict(TypedDict):
@@ -83,6 +83,11 @@ def _native() -> Any:
 def over_fd(fd: int, wait: str, part: str, plan: PlanDict) -> Report:
     """Play `part` (``pingpong-client``, ``stream-server`` ...) over a connected stream socket."""
     return cast(Report, _native().bench_fd(fd, wait, part, plan))
+
+
+def over_connection(connection: Any, wait: str, part: str, plan: PlanDict) -> Report:
+    """Play `part` over a connection of ours."""
+    return cast(Report, _native().bench_connection(connection, wait, part, plan))
 
 
 def over_ring(fd: int, wait: str, part: str, plan: PlanDict, *, left: bool, streaming: bool) -> Report:

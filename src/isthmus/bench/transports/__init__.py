@@ -17,28 +17,8 @@ code, which run in two places:
     Instead of these two, for cases whose `roles` are ``("alone",)``: limits, programs that start both ends
     themselves, and both ends in one event loop (``client="asyncio"``).
 
-To add a transport (this is how Isthmus itself is measured), write a module here with a class ``TRANSPORT``
-derived from :class:`Transport` and add its name to `NAMES`, at the place where tables should show it::
-
-    class TRANSPORT(Transport):
-        name = "isthmus"
-        paths = ("sealed", "put")
-
-        def prepare(self, stack, settings):
-            broker = stack.enter_context(start_broker(domains=("left", "right")))
-            options = {"server": {"door": broker.door("left")}, "client": {"door": broker.door("right")}}
-            return Setup(options=options, mediators=(broker.pid,))
-
-        def server(self, job, control):
-            with listen(job.options["door"], require=job.case.path) as listener:
-                control.ready({"port": listener.port})
-                with listener.accept() as connection:
-                    if job.load == "connect": ...
-                    if job.case.client == "native":
-                        return connection.bench(job.part, job.case.wait, job.plan())
-                    return loops.play(job, connection)    # has send(buffer) and recv_into(buffer)
-
-        def client(self, job, control): ...
+To add a transport, write a module here with a class ``TRANSPORT`` derived from :class:`Transport` and add its
+name to `NAMES`, at the place where tables should show it.
 """
 
 from __future__ import annotations
@@ -62,6 +42,7 @@ __all__ = ["NAMES", "Job", "Setup", "Transport", "load", "why_not_importable"]
 #: Each transport and its module, in the order of the tables. A module is loaded when its transport is asked
 #: for.
 NAMES: dict[str, str] = {
+    "isthmus": "isthmus",
     "tcp-bridge": "tcp_bridge",
     "unix": "unix",
     "mapped-ring": "mapped_ring",
