@@ -240,7 +240,8 @@ impl<S: Store, V: View> Rx<S, V> {
         Ok(self.look_for_sleeper(Ring::Quiet))
     }
 
-    /// Say that this end sleeps until there is data. Look once more before sleeping.
+    /// Say that this end sleeps until there is data. Look once more before sleeping; see
+    /// [`Rx::prepare_to_sleep`].
     ///
     /// # Errors
     /// The arm could not be written: do not sleep.
@@ -249,6 +250,21 @@ impl<S: Store, V: View> Rx<S, V> {
         self.store.half(ARM_DATA, self.arm)?;
         fence(Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Give all credit, arm, and look once more. `true`: there is nothing, and whatever comes from
+    /// now on rings the bell.
+    ///
+    /// # Errors
+    /// The arm could not be written: do not sleep.
+    pub fn prepare_to_sleep(&mut self) -> Result<(bool, Ring), StoreFailed> {
+        let before = self.settle();
+        self.arm()?;
+        let quiet = matches!(self.look(), Ok(Seen::Nothing));
+        // That look may have moved the lane to its large ring, and the sender may be asleep until
+        // it hears of it.
+        let after = self.settle();
+        Ok((quiet, if before == Ring::Bell { before } else { after }))
     }
 
     /// This end is awake.
