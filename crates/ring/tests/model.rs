@@ -233,9 +233,11 @@ fn a_bell_is_rung_once_for_each_arm_and_only_after_publishing() {
     let mut p = pair(8192, 0, Kind::Stream);
     let data = bytes(0, 10);
     let parts = [(data.as_ptr(), data.len())];
-    // SAFETY: `data` outlives the calls.
-    let write =
-        |tx: &mut Tx<_, _>| tx.write_stream(&mut unsafe { Source::new(&parts) }).expect("mapped").ring;
+    let write = |tx: &mut Tx<_, _>| {
+        // SAFETY: `data` outlives the calls.
+        let mut source = unsafe { Source::new(&parts) };
+        tx.write_stream(&mut source).expect("mapped").ring
+    };
     assert_eq!(write(&mut p.tx), Ring::Quiet);
     p.rx.arm().expect("mapped");
     assert_eq!(write(&mut p.tx), Ring::Bell);
@@ -285,7 +287,7 @@ fn payload_that_looks_like_a_record_is_not_taken_for_one() {
 
 #[test]
 fn words_of_the_page_do_not_overlap() {
-    let mut words = vec![
+    let mut words = [
         (CREDIT, 8),
         (layout::CREDIT_CHECK, 8),
         (ARM_DATA, 4),
