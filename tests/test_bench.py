@@ -467,7 +467,7 @@ def test_json_is_all_there_is_on_standard_output(tmp_path: Path) -> None:
 def test_an_unknown_word_is_refused_with_the_choices() -> None:
     done = CliRunner().invoke(bench_group, ["stream", "--transports", "pigeon"])
     assert done.exit_code == 2
-    assert "pigeon: one of tcp-bridge" in done.output
+    assert "pigeon: one of " in done.output
 
 
 def test_nothing_measured_is_a_failure() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONGESTION_CONTROL", "busy_seconds", "cpu_seconds", "describe", "pick_cpus"]
+__all__ = ["CONGESTION_CONTROL", "busy_seconds", "cpu_count", "cpu_seconds", "describe", "pick_cpus"]
 
 #: What every TCP baseline sets on its sockets. Under bbr the same machine is three times slower over a
 #: bridge, which would flatter everything it is compared with.
@@ -47,6 +47,11 @@ def pick_cpus() -> list[int]:
             cpus.append(cpu)
             taken |= _siblings(cpu)
     return cpus
+
+
+def cpu_count() -> int:
+    """Return how many processors `busy_seconds` adds up."""
+    return os.cpu_count() or 1
 
 
 def busy_seconds() -> float:

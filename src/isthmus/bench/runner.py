@@ -6,8 +6,6 @@ report.
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 import tempfile
 import time
@@ -16,7 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from isthmus.bench import machine, native
+from isthmus.bench import machine
+from isthmus.bench.calm import Calm
 from isthmus.bench.cases import PACED_GAP_S, SIZES, Case, Settings, cases_of, groups_of
 from isthmus.bench.native import Report
 from isthmus.bench.process import Pool, Worker, WorkerError
@@ -28,15 +27,8 @@ __all__ = ["Runner", "measure"]
 #: A run that takes this much longer than its phases is stuck.
 PATIENCE_S = 15
 
-#: About what the sockets of a few pairs hold.
-TOUCHED_BYTES = 32 << 20
-
 #: What the two processes of a pair add to a run.
 PROCESS_S = 0.05
-
-#: How long a run waits for the cores to be as near as they were, and what counts as near.
-PATIENCE_FOR_CORES_S, PATIENCE_FOR_CORES_QUICK_S = 0.5, 0.05
-NEAR = 1.5
 
 #: A paced ping needs this many times a bulk run's length: it sends 3000 a second where a bulk run sends
 #: millions.
@@ -93,7 +85,9 @@ class Runner:
     tell: Callable[[str], None]
     cpus: list[int] = field(default_factory=machine.pick_cpus)
     described: dict[str, Any] = field(default_factory=machine.describe)
-    best_line_us: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.calm = Calm(self.cpus, quick=self.settings.quick)
 
     def cost_s(self, cases: Sequence[Case]) -> float:
         """Guess how long one run of each of these cases takes; only their proportions matter."""
@@ -115,8 +109,7 @@ class Runner:
         """
         with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as directory:
             seats: list[Seat] = []
-            touch_memory()
-            line_us = self._settle()
+            line_us = self.calm.wait()
             try:
                 seats = self._seats(case, directory)
                 return self._converse(case, seats, line_us)
@@ -171,23 +164,6 @@ class Runner:
         client, server = self.cpus[2 * pair % len(self.cpus)], self.cpus[(2 * pair + 1) % len(self.cpus)]
         return {"client": [client], "server": [server], "alone": [client, server]}[role]
 
-    def _settle(self) -> float | None:
-        """Wait a moment while the cores are further apart than they were; return how far apart they are.
-
-        A virtual machine's processors move: two that share a cache now may not in a second, and then a line
-        takes four times as long and everything that goes through memory is ten times slower.
-        """
-        if native.missing() is not None or len(self.cpus) < 2:
-            return None
-        patience_s = PATIENCE_FOR_CORES_QUICK_S if self.settings.quick else PATIENCE_FOR_CORES_S
-        until = time.monotonic() + patience_s
-        while True:
-            found = native.cacheline(0.002, (self.cpus[0], self.cpus[1]))["p50_us"] or 0.0
-            self.best_line_us = min(self.best_line_us, found)
-            if found <= NEAR * self.best_line_us or time.monotonic() >= until:
-                return found
-            time.sleep(0.02)
-
     def _converse(self, case: Case, seats: list[Seat], line_us: float | None) -> Run:
         setup = self.setups[case.transport]
         longest = max(seat.job.warmup_s + seat.job.duration_s for seat in seats)
@@ -225,7 +201,7 @@ class Runner:
             figures=figures,
             cpu_s=cpu_s,
             total_bytes=sum(report["total_bytes"] for report in figures),
-            foreign_load=max(0.0, busy - cpu_s) / (wall * (os.cpu_count() or 1)),
+            foreign_load=max(0.0, busy - cpu_s) / (wall * machine.cpu_count()),
             line_us=line_us,
             detail=detail,
         )
@@ -253,16 +229,6 @@ class Runner:
             if deadline is not None and now + (now - began) > deadline:
                 break
         return [record_of(case, found, self.described) for case, found in runs.items() if found]
-
-
-def touch_memory() -> None:
-    """Have some memory that the machine really has.
-
-    A virtual machine may give memory that nobody uses back to its host; the next to allocate it, as socket
-    buffers for one, waits for the host at 0.4 GB/s.
-    """
-    with mmap.mmap(-1, TOUCHED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory[::4096] = bytes(TOUCHED_BYTES // 4096)
 
 
 def record_of(case: Case, runs: Sequence[Run], described: dict[str, Any]) -> Record:
