@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -62,7 +61,8 @@ class TRANSPORT(Transport):
         broker = stack.enter_context(PrivateBroker(domains, POLICY))
         doors = {name: broker.door(name) for name in domains}
         return Setup(
-            options={role: {"doors": doors} for role in ("server", "client", "alone")}, mediators=(broker.pid,)
+            options={role: {"doors": doors} for role in ("server", "client", "alone")},
+            mediators=(broker.pid,),
         )
 
     def server(self, job: Job, control: Control) -> Report:
@@ -175,11 +175,11 @@ def visit(job: Job, node: _native.Node, domain: str, port: int) -> Report:
 async def round_trips(job: Job) -> Report:
     """Measure `isthmus.aio` between two domains whose programs are one process."""
     from isthmus import aio as isthmus_aio
-    from isthmus.node import Node
+    from isthmus.node import attach as attach_to
 
     doors: dict[str, Any] = job.options["doors"]
-    left = Node(os.fspath(doors[prefix(job) + "left"]))
-    right = Node(os.fspath(doors[prefix(job) + "right"]))
+    left = attach_to(doors[prefix(job) + "left"])
+    right = attach_to(doors[prefix(job) + "right"])
     listener = await isthmus_aio.listen(0, node=right)
     opening = asyncio.create_task(isthmus_aio.connect((right.name, listener.port), node=left))
     server = await listener.accept()
