@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno as _errno
 
 __all__ = [
+    "AlreadyConnected",
     "BacklogFull",
     "BrokerLost",
     "Closed",
@@ -23,6 +24,7 @@ __all__ = [
     "MessageTooLarge",
     "NoBroker",
     "NobodyListens",
+    "NotConnected",
     "NotYours",
     "PathUnavailable",
     "PeerClosed",
@@ -34,9 +36,11 @@ __all__ = [
     "RefusedByRule",
     "TimedOut",
     "UnknownDomain",
+    "Unsupported",
     "WildcardNeedsRule",
     "WouldBlock",
     "WrongKind",
+    "WrongState",
 ]
 
 
@@ -149,6 +153,22 @@ class LaneFailed(IsthmusError):
 
 class Closed(IsthmusError):
     """This object was closed."""
+
+
+class NotConnected(IsthmusError):
+    """The socket has no other side yet. Nothing was sent or received."""
+
+
+class AlreadyConnected(IsthmusError):
+    """The socket has its other side already, and keeps it."""
+
+
+class WrongState(IsthmusError):
+    """The call does not fit what the socket was used for before. Nothing changed."""
+
+
+class Unsupported(IsthmusError):
+    """A flag, an option or a call that has no meaning on lanes. Nothing changed."""
 
 
 class Forked(IsthmusError):
