@@ -1,4 +1,4 @@
-"""Waiting, before a run, for the machine to be what it was for the others: never long, and in vain at worst."""
+"""Waiting, before a run, for the machine to be what it was for the others: a moment, and in vain at worst."""
 
 from __future__ import annotations
 
