@@ -2,17 +2,17 @@
 
 asyncio's streams copy every byte into a buffer of their own and make several calls of Python for each. Here
 ``await connection.recv_into(buffer)`` goes from the ring into the caller's buffer. A wait begins with letting
-the other tasks of the loop run once (the peer may be one of them), then spins a few microseconds in Rust as far
-as that has paid lately, and only then parks. All parked connections of a loop share one descriptor and are
-woken in one batch.
+the other tasks of the loop run once (the peer may be one of them), then spins a few microseconds in Rust as
+far as that has paid lately, and only then parks. All parked connections of a loop share one descriptor and
+are woken in one batch.
 
     async with await aio.connect("worker-7:9000") as connection:
         await connection.send(b"question")
         answer = await connection.recv(65536)
 
-Cancelling: a cancelled receive has received nothing; a cancelled ``send`` has put a prefix into the lane, whose
-length is ``error.done`` of the ``CancelledError`` (0 or everything for messages); a cancelled ``connect`` or
-``accept`` leaves nothing behind.
+Cancelling: a cancelled receive has received nothing; a cancelled ``send`` has put a prefix into the lane,
+whose length is ``error.done`` of the ``CancelledError`` (0 or everything for messages); a cancelled
+``connect`` or ``accept`` leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -409,8 +409,8 @@ async def listen(
     Parameters
     ----------
     address : int, "partner:port" or (partner, port)
-        A port alone, or with partner ``""``, takes whomever a rule lets in; a partner's name takes that domain
-        alone. Port 0 lets the broker choose.
+        A port alone, or with partner ``""``, takes whomever a rule lets in; a partner's name takes that
+        domain alone. Port 0 lets the broker choose.
     """
     from isthmus.node import attach
 

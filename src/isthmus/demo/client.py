@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import isthmus
 from isthmus.demo import sandbox
@@ -69,7 +70,7 @@ def send_arrays() -> None:
     import numpy as np
 
     rng = np.random.default_rng(2014)
-    arrays = [
+    arrays: list[np.ndarray[Any, Any]] = [
         rng.standard_normal((4096, 4096)),
         rng.integers(0, 255, (1080, 1920, 3), dtype=np.uint8),
         rng.standard_normal(10_000_000).astype(np.float32),
@@ -81,10 +82,10 @@ def send_arrays() -> None:
         tell("path", what="arrays", peer=f"{SERVER}:{ARRAY_PORT}", path=connection.path, why=connection.why)
         for array in arrays:
             about = json.dumps({"shape": array.shape, "dtype": array.dtype.str}).encode()
-            connection.sendmsg([len(about).to_bytes(4, "little"), about, array])
+            connection.sendmsg([len(about).to_bytes(4, "little"), about, array.data])
             answer = json.loads(read(connection, int.from_bytes(read(connection, 4), "little")))
             expected = digest()
-            expected.update(array)
+            expected.update(array.data)
             same &= answer["hash"] == expected.hexdigest() and answer["sum"] == float(array.sum(dtype="f8"))
             total += array.nbytes
             progress("sending arrays", total, size)

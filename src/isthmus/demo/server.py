@@ -80,9 +80,9 @@ def serve_arrays(listener: isthmus.Socket) -> None:
                 header += read(connection, 4 - len(header))
                 about = json.loads(read(connection, int.from_bytes(header, "little")))
                 array = np.empty(about["shape"], about["dtype"])
-                fill(connection, memoryview(array).cast("B"))
+                fill(connection, array.data.cast("B"))
                 found = digest()
-                found.update(array)
+                found.update(array.data)
                 answer = json.dumps({"hash": found.hexdigest(), "sum": float(array.sum(dtype="f8"))}).encode()
                 connection.sendall(len(answer).to_bytes(4, "little") + answer)
 
