@@ -38,6 +38,8 @@ pub struct Info {
     pub ticket: [u8; TICKET],
     pub small: u32,
     pub large: u32,
+    /// Ring sizes of the other side: small, large.
+    pub theirs: (u32, u32),
 }
 
 const CLOSED: u8 = 1;
@@ -133,6 +135,12 @@ impl Connection {
             Ok(Seen::Data(len)) => len,
             _ => 0,
         }
+    }
+
+    /// How many bytes of the stream can be received at once, counted up to `limit`; a hint.
+    #[must_use]
+    pub fn available(&self, limit: usize) -> usize {
+        lock(&self.rx).rx.available(limit)
     }
 
     #[must_use]
@@ -297,6 +305,8 @@ impl Connection {
         drop(side);
         let woken = self.bell.wait(ticket, how.left(Duration::MAX));
         let _ = lock(&self.tx).tx.disarm();
+        // What we were woken for may be news for an event loop.
+        self.refresh();
         if woken == Woken::Signal { self.stop_wanted(how, done) } else { Ok(()) }
     }
 
@@ -373,9 +383,7 @@ impl Connection {
         loop {
             self.check()?;
             let mut side = lock(&self.rx);
-            if self.state.load(Ordering::Acquire) & SHUT_RECEIVE != 0 {
-                return Ok(None);
-            }
+            let shut = self.state.load(Ordering::Acquire) & SHUT_RECEIVE != 0;
             // In this order: whatever the peer published before it died is seen after its death is.
             let gone = self.bell.gone();
             match side.rx.look()? {
@@ -385,6 +393,8 @@ impl Connection {
                     self.refresh();
                     return Ok(Some(taken));
                 }
+                // As with kernel sockets: what arrived before can still be received.
+                Seen::Nothing if shut => return Ok(None),
                 Seen::End => return self.end(&mut side),
                 Seen::Nothing if gone => return self.end_of_a_dead_peer(&mut side),
                 Seen::Nothing => {}
@@ -468,6 +478,7 @@ impl Connection {
         drop(side);
         let woken = self.bell.wait(ticket, how.left(Duration::MAX));
         let _ = lock(&self.rx).rx.disarm();
+        self.refresh();
         if woken == Woken::Signal { self.stop_wanted(how, 0) } else { Ok(()) }
     }
 
@@ -482,6 +493,7 @@ impl Connection {
             self.ring(ring.unwrap_or(Ring::Bell));
         }
         drop(side);
+        self.both_shut();
         self.refresh();
     }
 
@@ -490,8 +502,18 @@ impl Connection {
         self.state.fetch_or(SHUT_RECEIVE, Ordering::AcqRel);
         let ring = lock(&self.rx).rx.stop(TAKES_NOTHING);
         self.ring(ring.unwrap_or(Ring::Bell));
-        self.bell.wake_followers();
+        self.both_shut();
         self.refresh();
+    }
+
+    /// Nothing is left to hear: wake whoever sleeps here.
+    fn both_shut(&self) {
+        let both = SHUT_RECEIVE | SHUT_SEND;
+        if self.state.load(Ordering::Acquire) & both == both {
+            self.bell.shut();
+        } else {
+            self.bell.wake_followers();
+        }
     }
 
     /// Finish both directions and tell the broker. What was sent is delivered. Harmless when
@@ -501,14 +523,11 @@ impl Connection {
         {
             return;
         }
-        let unread = {
+        {
             let mut side = lock(&self.rx);
-            let unread = matches!(side.rx.look(), Ok(Seen::Data(_)))
-                && self.state.load(Ordering::Acquire) & SHUT_RECEIVE == 0;
+            let unread = matches!(side.rx.look(), Ok(Seen::Data(_)));
             let _ = side.rx.stop(if unread { RESET } else { TAKES_NOTHING });
-            unread
-        };
-        let _ = unread;
+        }
         {
             let mut side = lock(&self.tx);
             if !side.tx.finished() {
@@ -670,6 +689,10 @@ impl Connection {
             let _ = self.park(!readable, !writable);
             self.poll()
         });
+        if self.at_end() {
+            let finished = lock(&self.tx).tx.finished();
+            readiness.hang_up(finished || self.bell.gone());
+        }
     }
 }
 

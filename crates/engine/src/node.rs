@@ -364,6 +364,7 @@ impl Node {
             ticket,
             small: offer.small,
             large: offer.large,
+            theirs: (small, large),
         };
         self.join(offer, info, descriptors, (small, large), secret)
     }
@@ -509,6 +510,7 @@ impl Node {
             ticket,
             small: terms.small,
             large: terms.large,
+            theirs: (small, large),
         };
         let offer = Offer::new(carrier, terms.small, terms.large).map_err(|_| Refusal::LimitReached)?;
         let joined = self.join(&offer, info, descriptors, (small, large), secret);

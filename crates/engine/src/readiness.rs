@@ -29,6 +29,8 @@ pub struct Readiness {
 struct State {
     readable: bool,
     writable: bool,
+    half_ended: bool,
+    ended: bool,
 }
 
 impl Readiness {
@@ -39,7 +41,8 @@ impl Readiness {
     pub fn new() -> Result<Self> {
         let (shown, hidden) = packet::pair().map_err(Error::os("making a descriptor to poll"))?;
         packet::smallest_send_buffer(shown.as_fd()).map_err(Error::os("making a descriptor to poll"))?;
-        let readiness = Self { shown, hidden, state: Mutex::new(State { readable: false, writable: true }) };
+        let fresh = State { readable: false, writable: true, half_ended: false, ended: false };
+        let readiness = Self { shown, hidden, state: Mutex::new(fresh) };
         readiness.set(false, false);
         Ok(readiness)
     }
@@ -58,6 +61,18 @@ impl Readiness {
     /// Say what the descriptor is ready for.
     pub fn set(&self, readable: bool, writable: bool) {
         self.update(|| (readable, writable));
+    }
+
+    /// Nothing more will be received (`EPOLLRDHUP`), or be sent either (`EPOLLHUP`).
+    pub(crate) fn hang_up(&self, both: bool) {
+        let mut state = lock(&self.state);
+        if both && !state.ended {
+            state.ended = true;
+            packet::shut(self.hidden.as_fd());
+        } else if !state.half_ended {
+            state.half_ended = true;
+            packet::shut_send(self.hidden.as_fd());
+        }
     }
 
     /// Ask `now` what the descriptor is ready for; one asker at a time, so that the last answer
@@ -79,7 +94,7 @@ impl Readiness {
                 while packet::push(self.shown.as_fd(), &[0; STUFFING]).is_ok() {}
             }
         }
-        *state = State { readable, writable };
+        (state.readable, state.writable) = (readable, writable);
     }
 }
 

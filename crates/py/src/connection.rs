@@ -215,6 +215,8 @@ impl Connection {
             let Some((_, there)) = self.receive_with(py, timeout, 0, |how| self.inner.front(how))? else {
                 return Ok((PyBytes::new(py, b""), 0));
             };
+            // Small pieces are given together, as a kernel socket does.
+            let there = if stream && there < limit { self.inner.available(limit).max(there) } else { there };
             let mut got = (0, 0);
             let bytes = PyBytes::new_with(py, limit.min(there), |room| {
                 let parts = [(room.as_mut_ptr(), room.len())];
@@ -393,6 +395,12 @@ impl Connection {
     #[getter]
     fn rings(&self) -> (u32, u32) {
         (self.inner.info.small, self.inner.info.large)
+    }
+
+    /// Ring sizes of the other side, bytes: (small, large).
+    #[getter]
+    fn peer_rings(&self) -> (u32, u32) {
+        self.inner.info.theirs
     }
 }
 

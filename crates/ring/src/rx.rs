@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use isthmus_wire::record::{ALIGN, Header, HeaderFault, Kind};
+use isthmus_wire::record::{ALIGN, Header, HeaderFault, Kind, trailer_at};
 
 use crate::layout::{
     ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CPU, CREDIT, CREDIT_CHECK, CREDIT_SHARE, FIN,
@@ -125,7 +125,7 @@ impl<S: Store, V: View> Rx<S, V> {
             let to_end = self.stage.capacity(self.geometry) - self.offset;
             let header = Header::decode(self.view.word(at + 8), to_end).map_err(Fault::Header)?;
             if header.trailer {
-                let trailer = at + isthmus_wire::record::trailer_at(header.len as usize);
+                let trailer = at + trailer_at(header.len as usize);
                 if self.view.word(trailer) != !self.commit() {
                     return Ok(Seen::Nothing);
                 }
@@ -195,14 +195,79 @@ impl<S: Store, V: View> Rx<S, V> {
         Ok((got, whole, ring))
     }
 
-    /// Copy from the front without consuming. For streams the first record only.
+    /// Copy from the front without consuming: what there is of the stream, or one message.
+    ///
+    /// Returns the bytes stored and the bytes of the message (equal for streams). Call after
+    /// [`Rx::look`] said `Data`.
     pub fn peek(&mut self, dest: &mut Dest<'_>) -> (usize, usize) {
-        let Some((header, taken)) = self.current else { return (0, 0) };
-        let at = self.stage.base() + self.offset + header.payload_at() + taken;
-        let rest = header.len as usize - taken;
-        let len = rest.min(dest.left());
-        self.view.copy_out(at, len, dest);
-        (len, rest)
+        if self.kind == Kind::Message {
+            let Some((at, rest)) = self.front() else { return (0, 0) };
+            let len = rest.min(dest.left());
+            self.view.copy_out(at, len, dest);
+            return (len, rest);
+        }
+        let room = dest.left();
+        self.ahead(|at, len| {
+            self.view.copy_out(at, len.min(dest.left()), dest);
+            dest.left() > 0
+        });
+        let got = room - dest.left();
+        (got, got)
+    }
+
+    /// How many bytes of the stream can be read at once, counted up to `limit`. A hostile sender
+    /// may make this wrong, and nothing depends on it.
+    #[must_use]
+    pub fn available(&self, limit: usize) -> usize {
+        let mut sum = 0;
+        self.ahead(|_, len| {
+            sum += len;
+            sum < limit
+        });
+        sum.min(limit)
+    }
+
+    /// Show the pieces of the stream, front first, until `visit` says false: where each lies and
+    /// how long it is. Stops at whatever is not a piece of a stream; [`Rx::look`] judges that.
+    fn ahead(&self, mut visit: impl FnMut(usize, usize) -> bool) {
+        let Some((mut header, mut taken)) = self.current else { return };
+        let (mut position, mut offset, mut stage) = (self.position, self.offset, self.stage);
+        loop {
+            let at = stage.base() + offset + header.payload_at() + taken;
+            if header.kind == Kind::Stream && !visit(at, header.len as usize - taken) {
+                return;
+            }
+            let capacity = stage.capacity(self.geometry);
+            let step = if header.kind == Kind::Skip { capacity - offset } else { header.footprint() };
+            position += step as u64;
+            offset += step;
+            if offset >= capacity {
+                offset = 0;
+            }
+            if header.kind == Kind::Grow {
+                (stage, offset) = (Stage::Large, 0);
+            }
+            // As `look` does, without its consequences.
+            let at = stage.base() + offset;
+            let commit = self.secret.wrapping_add(position);
+            // A full turn would show the front again.
+            if position - self.position >= 2 * stage.capacity(self.geometry) as u64
+                || self.view.word(at) != commit
+            {
+                return;
+            }
+            let to_end = stage.capacity(self.geometry) - offset;
+            let Ok(next) = Header::decode(self.view.word(at + 8), to_end) else { return };
+            if next.trailer && self.view.word(at + trailer_at(next.len as usize)) != !commit {
+                return;
+            }
+            match next.kind {
+                Kind::Stream | Kind::Skip => {}
+                Kind::Grow if stage == Stage::Small && self.geometry.large() > 0 => {}
+                _ => return,
+            }
+            (header, taken) = (next, 0);
+        }
     }
 
     /// Where the payload at the front lies: offset in the layout and length. It stays there until

@@ -104,6 +104,11 @@ pub fn pull_waiting(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usi
     Ok(n)
 }
 
+/// Send no more: the other end reads what there is and then the end.
+pub fn shut_send(socket: BorrowedFd<'_>) {
+    let _ = rustix::net::shutdown(socket, Shutdown::Write);
+}
+
 /// End both directions, for every holder of the socket.
 pub fn shut(socket: BorrowedFd<'_>) {
     let _ = rustix::net::shutdown(socket, Shutdown::Both);

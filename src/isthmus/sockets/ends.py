@@ -184,7 +184,9 @@ class Lanes(End):
         connection = self._connection
         if connection is None:
             return super().buffers()
-        return max(connection.rings), max(connection.rings)
+        # The ring of a direction is its sender's memory on the sealed path, its receiver's on the put path.
+        own, theirs = max(connection.rings), max(connection.peer_rings)
+        return (own, theirs) if connection.path == "sealed" else (theirs, own)
 
     def take_error(self) -> int:
         with self.lock:
