@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use isthmus_ring::{Dest, Source};
+use isthmus_sys::cpu;
 use isthmus_sys::poll::{Flag, Set};
 use isthmus_wire::control::{Refusal, SocketKind};
 
@@ -43,6 +44,7 @@ pub struct Datagram {
     closed: AtomicBool,
     node: Weak<Node>,
     me: Weak<Self>,
+    generation: u32,
 }
 
 /// One received datagram.
@@ -76,6 +78,7 @@ impl Datagram {
             closed: AtomicBool::new(false),
             node,
             me: me.clone(),
+            generation: cpu::generation(),
         }))
     }
 
@@ -121,6 +124,9 @@ impl Datagram {
     /// # Errors
     /// The broker refuses.
     pub fn open_lane(&self, to: &str, port: u32, how: &How<'_>) -> Result<Arc<Connection>> {
+        if self.generation != cpu::generation() {
+            return Err(Error::Forked);
+        }
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::Closed);
         }
@@ -178,6 +184,9 @@ impl Datagram {
     /// Nothing was received.
     pub fn receive(&self, dest: &mut Dest<'_>, peek: bool, how: &How<'_>) -> Result<From> {
         loop {
+            if self.generation != cpu::generation() {
+                return Err(Error::Forked);
+            }
             if self.closed.load(Ordering::Acquire) {
                 return Err(Error::Closed);
             }
@@ -308,7 +317,8 @@ impl Datagram {
 
     /// Give the port back and close every lane. Harmless when repeated.
     pub fn close(&self) {
-        if self.closed.swap(true, Ordering::AcqRel) {
+        // A fork's copy shares the kernel's objects with its parent: touch none of them.
+        if self.closed.swap(true, Ordering::AcqRel) || self.generation != cpu::generation() {
             return;
         }
         self.news.raise();

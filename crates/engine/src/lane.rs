@@ -200,6 +200,9 @@ pub struct Ends {
 pub fn check(carrier: Carrier, file: BorrowedFd<'_>, geometry: Geometry) -> Result<()> {
     let wrong = |what: String| Err(Error::BadAnswer(format!("the peer's lane: {what}")));
     let Ok(seals) = memory::seals(file) else { return wrong("not an anonymous file".into()) };
+    if !memory::ordinary(file) {
+        return wrong("not of ordinary pages".into());
+    }
     let wanted = match carrier {
         Carrier::Sealed => memory::READ_ONLY_SEALS,
         Carrier::Put => memory::SIZE_SEALS,

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use isthmus_sys::cpu;
 use isthmus_sys::poll::{self, Flag};
 use isthmus_wire::control::{Refusal, SocketKind};
 
@@ -47,6 +48,7 @@ pub struct Listener {
     waiting: Flag,
     closed: AtomicBool,
     node: Weak<Node>,
+    generation: u32,
 }
 
 impl Listener {
@@ -59,6 +61,7 @@ impl Listener {
             waiting,
             closed: AtomicBool::new(false),
             node,
+            generation: cpu::generation(),
         })
     }
 
@@ -84,6 +87,9 @@ impl Listener {
     /// None came in time, or the listener was closed.
     pub fn accept(&self, how: &How<'_>) -> Result<Arc<Connection>> {
         loop {
+            if self.generation != cpu::generation() {
+                return Err(Error::Forked);
+            }
             if self.closed.load(Ordering::Acquire) {
                 return Err(Error::Closed);
             }
@@ -111,7 +117,8 @@ impl Listener {
 
     /// Give the port back; connections not yet accepted are closed. Harmless when repeated.
     pub fn close(&self) {
-        if self.closed.swap(true, Ordering::AcqRel) {
+        // A fork's copy shares the kernel's objects with its parent: touch none of them.
+        if self.closed.swap(true, Ordering::AcqRel) || self.generation != cpu::generation() {
             return;
         }
         self.waiting.raise();

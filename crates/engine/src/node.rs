@@ -259,7 +259,21 @@ impl Node {
         Ok(socket)
     }
 
+    /// Finish every connection, as the kernel does for the sockets of a program that ends.
+    pub fn finish(&self) {
+        if !self.ours() {
+            return;
+        }
+        let held: Vec<_> = lock(&self.connections).values().filter_map(Weak::upgrade).collect();
+        for connection in held {
+            connection.close();
+        }
+    }
+
     pub(crate) fn unbind(&self, port: u32, partner: u32) {
+        if !self.ours() {
+            return;
+        }
         lock(&self.acceptors).remove(&(port, partner));
         self.ask_then(&Message::Unbind { port, partner }, &[], Box::new(drop));
     }
@@ -459,6 +473,9 @@ impl Node {
                 let member = lock(&self.connections).remove(&connection);
                 if let Some(connection) = member.and_then(|member| member.upgrade()) {
                     connection.cut(text);
+                    connection.heard();
+                    // Its bell stays at its end: it would be ready for ever.
+                    let _ = self.set.remove(connection.bell().as_fd());
                 }
             }
             _ => {

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use isthmus_sys::cpu;
 use isthmus_sys::poll::{Ready, Set};
 
 use crate::connection::Connection;
@@ -15,6 +16,7 @@ pub struct Poller {
     set: Set,
     members: Mutex<HashMap<u64, Weak<Connection>>>,
     next: std::sync::atomic::AtomicU64,
+    generation: u32,
 }
 
 impl Poller {
@@ -22,7 +24,12 @@ impl Poller {
     /// No descriptors are left.
     pub fn new() -> Result<Self> {
         let set = Set::new().map_err(Error::os("making an event loop"))?;
-        Ok(Self { set, members: Mutex::default(), next: std::sync::atomic::AtomicU64::new(1) })
+        Ok(Self {
+            set,
+            members: Mutex::default(),
+            next: std::sync::atomic::AtomicU64::new(1),
+            generation: cpu::generation(),
+        })
     }
 
     /// Readable while [`Poller::ready`] has something to say.
@@ -45,6 +52,10 @@ impl Poller {
     }
 
     pub fn remove(&self, token: u64) {
+        // A fork's copy shares the kernel's set with its parent.
+        if self.generation != cpu::generation() {
+            return;
+        }
         let member = lock(&self.members).remove(&token);
         if let Some(connection) = member.and_then(|member| member.upgrade()) {
             let _ = self.set.remove(connection.bell().as_fd());

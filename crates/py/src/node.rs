@@ -171,6 +171,11 @@ impl Node {
         with_how(py, Wait::Adaptive, timeout, |how| self.inner.status(how))
     }
 
+    /// Finish every connection in order, as at the end of the program.
+    fn finish(&self, py: Python<'_>) {
+        py.detach(|| self.inner.finish());
+    }
+
     /// Detach. Connections live on.
     fn stop(&self) {
         self.inner.stop();

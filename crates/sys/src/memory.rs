@@ -29,6 +29,14 @@ pub fn seals(file: BorrowedFd<'_>) -> io::Result<SealFlags> {
     Ok(rustix::fs::fcntl_get_seals(file)?)
 }
 
+/// Does the file lie in ordinary shared memory? Files of reserved huge pages are refused: a page of
+/// theirs that cannot be had kills whoever touches it.
+#[must_use]
+pub fn ordinary(file: BorrowedFd<'_>) -> bool {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type as u64 == TMPFS_MAGIC)
+}
+
 /// Length in bytes.
 pub fn len(file: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0))

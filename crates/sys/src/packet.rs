@@ -29,7 +29,7 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
                 return connect(&short);
             }
         }
-        return Err(io::ErrorKind::InvalidFilename.into());
+        return Err(io::ErrorKind::InvalidInput.into());
     }
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
