@@ -139,12 +139,27 @@ def test_tables_show_every_record_and_its_ratio() -> None:
         record(bench="stream", size=512 << 10, wait="block", gbytes_per_s=8.5, cpu_s_per_gb=0.2),
         record(bench="pairs", size=512 << 10, pairs=8, gbytes_per_s=10.5, pinned=False),
         record(bench="pairs", beside=4, p99_us=3518.0),
-        record(bench="connect", size=None, per_second=12345.0),
+        record(
+            bench="connect",
+            size=None,
+            per_second=12345.0,
+            detail={"foreign_load": 0.5, "line_us": [0.06, 0.24]},
+        ),
     ]
     print_tables(everything, console)
     console.file.close()
     text = console.export_text()
-    for word in ("isthmus sealed", "65.33 ×", "8.5", "unpinned", "4 pairs", "3,518", "12,345", "abacus"):
+    for word in (
+        "isthmus sealed",
+        "65.33 ×",
+        "8.5",
+        "unpinned",
+        "4 pairs",
+        "3,518",
+        "12,345",
+        "abacus",
+        "0.060 µs apart",
+    ):
         assert word in text
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.bench.cases import CLIENTS
 from isthmus.bench.records import Record
 
 __all__ = ["BASELINE", "print_tables", "ratio", "size_word"]
+
+#: The part of the machine that others may use before it is worth a word.
+FOREIGN_LOAD = 0.1
 
 #: What every ratio is against.
 BASELINE = "tcp-bridge"
@@ -35,6 +40,8 @@ def print_tables(records: Sequence[Record], console: Console) -> None:
         if chosen:
             console.print()
             console.print(build(chosen))
+    for warning in _warnings(records):
+        console.print(warning, style="yellow", highlight=False)
 
 
 def ratio(record: Record, records: Iterable[Record], figure: str, wait: str | None = None) -> float | None:
@@ -59,6 +66,24 @@ def ratio(record: Record, records: Iterable[Record], figure: str, wait: str | No
                 return float(theirs / ours if figure == "p50_us" else ours / theirs)
             return None
     return None
+
+
+def _warnings(records: Sequence[Record]) -> list[str]:
+    """What about the machine makes these figures worth less."""
+    found = []
+    foreign = statistics.median(record.detail.get("foreign_load") or 0.0 for record in records)
+    if foreign > FOREIGN_LOAD:
+        found.append(
+            f"Others used {foreign:.0%} of the machine meanwhile (median): repeat this when they do not."
+        )
+    lines = [line for record in records for line in record.detail.get("line_us", ()) if line]
+    if lines and max(lines) > 2 * min(lines):
+        far = sum(line > 2 * min(lines) for line in lines) / len(lines)
+        found.append(
+            f"The cores were {min(lines):.3f} µs apart at best, and more than twice that before {far:.0%} of the "
+            "runs: this machine's processors move."
+        )
+    return found
 
 
 def _situation(record: Record) -> tuple[Any, ...]:
@@ -119,7 +144,10 @@ def _conditions(record: Record) -> str:
 
 
 def _by_size(records: Sequence[Record]) -> list[Record]:
-    return sorted(records, key=lambda record: (record.client, record.size or 0, record.data, record.pages))
+    def place(record: Record) -> tuple[Any, ...]:
+        return CLIENTS.index(record.client), record.size or 0, record.data != "hot", record.pages != "4k"
+
+    return sorted(records, key=place)
 
 
 def _latency(records: Sequence[Record]) -> Table:
