@@ -236,6 +236,8 @@ def test_a_lane_that_is_not_what_it_must_be_reaches_nobody(node: Node, a: Progra
         refused = a.try_connect("b", 5000, fds=fds)
         assert refused.refusal == "bad-request", refused.text
         assert refused.text.startswith("connect: ")
+    refused = a.try_connect("b", 5000, fds=[os.open("/dev/null", os.O_RDONLY)])
+    assert refused.text == "connect: a lane's descriptors are memfds", "before anything else is asked of them"
     assert b.quiet()
     assert node.holds("a") == (0, 0, 0, 0, 0)
 

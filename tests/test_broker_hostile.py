@@ -91,7 +91,8 @@ def test_messages_out_of_place_end_the_attachment(
         "welcome": {"features": 0, "domain": 1, "domain_name": "a", "node": "x", "ring_max": 1, "epoch": 1},
         "incoming": {
             "connection": 1, "secret": 1, "from": 1, "from_name": "a", "from_port": 1, "port": 1,
-            "partner": 1, "kind": "stream", "carrier": "sealed", "small": 1, "large": 1, "why": "", "ticket": bytes(32),
+            "partner": 1, "kind": "stream", "carrier": "sealed", "small": 1, "large": 1, "why": "",
+            "ticket": bytes(32),
         },
         "cut": {"connection": 1, "refusal": "version", "text": ""},
         "report": {"offset": 0, "total": 0, "text": ""},

@@ -119,6 +119,18 @@ def test_a_ticket_of_another_domain_or_of_the_other_side_is_refused(node: Node) 
             assert caught.value.refusal == "not-yours"
 
 
+def test_in_a_domain_that_talks_to_itself_one_side_cannot_pass_for_the_other(node: Node) -> None:
+    with node.attach("a") as opener, node.attach("a") as listener:
+        listener.bind(5000)
+        ours, theirs = opener.connect("a", 5000, listener)
+    node.restart()
+    with node.attach("a") as a:
+        with pytest.raises(Refused) as caught:
+            theirs.resume(a, opener=1, port=ours.fields["from_port"], peer_port=5000)
+        assert caught.value.refusal == "not-yours"
+        assert theirs.resume(a) == ours.resume(a) == "done"
+
+
 def test_a_ticket_made_with_another_key_is_refused(node: Node, tmp_path: Path) -> None:
     ours, _ = pair(node)
     node.stop()

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from broker_client import DEADLINE_S, Node, Program, eventually
 
-from isthmus.broker import metrics, notify
+from isthmus.broker import metrics, notify, places
 from isthmus.broker.console import may_operate
+from isthmus.broker.doors import DoorError
 from isthmus.broker.log import LINES_BURST, Log
 
 
@@ -216,6 +217,40 @@ def test_a_signal_ends_the_broker_cleanly(tmp_path: Path) -> None:
 def test_only_the_brokers_user_and_root_operate_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert [uid for uid in (0, 1, 999, 1000, 1001, 2**32 - 1) if may_operate(uid)] == [0, 1000]
+
+
+def test_where_things_are_for_root_and_for_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("ISTHMUS_DIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert places.runtime_directory() == Path("/run/isthmus")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert places.runtime_directory() == tmp_path / ".cache/isthmus/run"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert places.runtime_directory() == Path("/run/user/1000/isthmus")
+    monkeypatch.setenv("ISTHMUS_DIR", "/else/where")
+    assert places.runtime_directory() == Path("/else/where")
+    assert places.policy_file() is None
+    policy = tmp_path / ".config/isthmus/policy.toml"
+    policy.parent.mkdir(parents=True)
+    policy.write_text("")
+    assert places.policy_file() == policy
+
+
+def test_only_root_opens_doors_for_other_users(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        node.do(lambda: node.broker.add_domain("other", "default", 12_345))
+        found = node.door("other").parent.stat()
+        assert (found.st_uid, found.st_mode & 0o777) == (12_345, 0o700)
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine or 1000)
+    with pytest.raises(
+        DoorError, match="uid 54321: only a broker run by root can open doors for other users"
+    ):
+        node.do(lambda: node.broker.add_domain("another", "default", 54_321))
+    assert "another" not in node.broker.domains
+    assert not node.door("another").parent.exists()
 
 
 def test_figures_over_loopback(tmp_path: Path) -> None:

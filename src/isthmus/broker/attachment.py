@@ -43,8 +43,10 @@ QUEUE_FOR_OTHERS = 256
 _INT = array("i").itemsize
 #: Room for exactly as many descriptors as a message may have; the kernel drops and reports the rest.
 _ANCILLARY = socket.CMSG_LEN(CONTROL_DESCRIPTORS_MAX * _INT)
-_RECEIVE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+# Plain numbers: operations on enumerations cost as much as the system calls.
+_RECEIVE_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_TRUNCATED = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 class OutOfDescriptors(Exception):
@@ -128,9 +130,7 @@ class Attachment:
                 if not data:
                     self.close("gone")
                     return
-                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) and self._truncated(
-                    data, flags, descriptors
-                ):
+                if flags & _TRUNCATED and self._truncated(data, flags, descriptors):
                     return
                 self._handle_packet(broker, data, descriptors)
             finally:
