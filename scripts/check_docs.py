@@ -6,7 +6,12 @@ A block runs when its fence says ``python`` or ``sh``::
 
     ```python              runs; the python blocks of one page share their names
     ```sh                  runs in its own `bash -euo pipefail`
+    ```sh containers       runs; the page is skipped, with the reason, where bubblewrap can make no containers
     ```sh no-run           is only shown
+
+Around each page there is a broker of its own with the domains `web` and `client`, on the policy file
+``policy.toml`` in the page's directory, which is empty at first. The ``sh`` blocks are its operator's:
+``ISTHMUS_DIR`` is set. The ``python`` blocks are a program of the domain `web`: so is ``ISTHMUS_DOOR``.
 
 The blocks of one page run top to bottom, in a process of their own, in an empty directory that is removed
 afterwards. They may leave nothing running. The first block that fails ends the page, and a Python traceback
@@ -22,11 +27,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from isthmus.demo import sandbox
+from isthmus.testing import PrivateBroker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +43,13 @@ PAGE_TIMEOUT_S = 100
 
 LANGUAGES = ("python", "sh")
 NO_RUN = "no-run"
+CONTAINERS = "containers"
+FLAGS = (NO_RUN, CONTAINERS)
+
+#: Domains that every page finds; the first is that of its ``python`` blocks.
+DOMAINS = ("web", "client")
+DOOR = "ISTHMUS_DOOR"
+
 #: Names for the same two languages that would make a block look checked when it is not.
 MISSPELT = {"bash": "sh", "shell": "sh", "zsh": "sh", "py": "python", "python3": "python", "pycon": "python"}
 
@@ -45,6 +60,10 @@ class PageFault(Exception):
     """A page cannot be read, or one of its blocks failed. The message names the page and the line."""
 
 
+class PageSkipped(Exception):
+    """A page needs what this machine does not have. The message names the page and the reason."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One fenced block that is to run."""
@@ -53,21 +72,23 @@ class Block:
     code: str
     #: Line of the page on which `code` begins, counted from 1.
     line: int
+    #: It makes containers.
+    containers: bool = False
 
 
 @contextmanager
-def environment() -> Iterator[dict[str, str]]:
-    """Give the environment variables that the blocks of one page run with.
+def environment(directory: Path) -> Iterator[dict[str, str]]:
+    """Give the environment variables that the blocks of one page run with, in `directory`.
 
-    This is the hook for what every example may assume to be there. It is entered before the first block of
-    a page and left after the last, so what it starts lives as long as one page. At present it only puts the
-    commands of this Python's environment, `isthmus` above all, at the front of ``PATH``. An example that
-    speaks to a broker finds the door of a running one in ``ISTHMUS_DOOR``: starting that broker belongs
-    before the ``yield``, stopping it after.
+    Entered before the first block of a page and left after the last, so the broker lives as long as the page.
     """
-    variables = dict(os.environ)
-    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
-    yield variables
+    with PrivateBroker(DOMAINS, policy="") as broker:
+        (directory / "policy.toml").symlink_to(broker.policy_file)
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("ISTHMUS_")}
+        variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
+        variables["ISTHMUS_DIR"] = str(broker.directory)
+        variables[DOOR] = broker.door(DOMAINS[0])
+        yield variables
 
 
 def pages() -> list[Path]:
@@ -99,10 +120,11 @@ def blocks(page: Path) -> list[Block]:
             if language in MISSPELT:
                 raise PageFault(f"{where}: write {MISSPELT[language]!r}, not {language!r}; then it runs")
             if language in LANGUAGES:
-                if unknown := sorted(set(flags) - {NO_RUN}):
-                    raise PageFault(f"{where}: {unknown[0]!r} is not a flag; the only one is {NO_RUN!r}")
+                if unknown := sorted(set(flags) - set(FLAGS)):
+                    raise PageFault(f"{where}: {unknown[0]!r} is not a flag; there are {', '.join(FLAGS)}")
                 if NO_RUN not in flags:
-                    found.append(Block(language, "\n".join(body) + "\n", opened_at + 1))
+                    code = "\n".join(body) + "\n"
+                    found.append(Block(language, code, opened_at + 1, CONTAINERS in flags))
             opened = None
         else:
             # Inside a list the whole block is indented as its fence is.
@@ -120,12 +142,19 @@ def run_page(page: Path) -> int:
     PageFault
         The page could not be read, a block failed, or the page took longer than `PAGE_TIMEOUT_S`. The message
         ends with everything the page printed.
+    PageSkipped
+        Nothing of it ran, because it makes containers and this machine does not.
     """
     page = page.resolve()
-    count = len(blocks(page))
-    if not count:
+    found = blocks(page)
+    if not found:
         return 0
-    with environment() as variables, tempfile.TemporaryDirectory(prefix="isthmus-docs-") as directory:
+    if any(block.containers for block in found) and (reason := sandbox.missing()):
+        raise PageSkipped(f"{_shown(page)}: {reason}")
+    with (
+        tempfile.TemporaryDirectory(prefix="isthmus-docs-") as directory,
+        environment(Path(directory)) as variables,
+    ):
         command = [sys.executable, __file__, "--inside", str(page)]
         with subprocess.Popen(
             command,
@@ -146,21 +175,26 @@ def run_page(page: Path) -> int:
                 raise PageFault(f"{_shown(page)}: not done after {PAGE_TIMEOUT_S} s\n{said}") from None
     if process.returncode != 0:
         raise PageFault(f"{_shown(page)}: a block failed\n{said}")
-    return count
+    return len(found)
 
 
 def _inside(page: Path) -> None:
     """Run the blocks in this very process; `run_page` made it, its directory and its variables."""
     names: dict[str, Any] = {"__name__": "__main__"}
+    operator = {name: value for name, value in os.environ.items() if name != DOOR}
     for block in blocks(page):
         if block.language == "python":
             # Empty lines in front, so that a traceback counts lines as the page does.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
         else:
-            sys.stdout.flush()
-            shell = subprocess.run(["bash", "-euo", "pipefail", "-c", block.code])
-            if shell.returncode != 0:
-                raise SystemExit(f"{_shown(page)}:{block.line}: the sh block ended with {shell.returncode}")
+            _shell(page, block, operator)
+
+
+def _shell(page: Path, block: Block, variables: Mapping[str, str]) -> None:
+    sys.stdout.flush()
+    shell = subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], env=variables)
+    if shell.returncode != 0:
+        raise SystemExit(f"{_shown(page)}:{block.line}: the sh block ended with {shell.returncode}")
 
 
 def _shown(page: Path) -> str:
@@ -177,6 +211,8 @@ def main(arguments: Sequence[str]) -> int:
     for page in [Path(argument) for argument in arguments] or pages():
         try:
             print(f"docs: {_shown(page)}: {run_page(page)} blocks ran")
+        except PageSkipped as skipped:
+            print(f"docs: skipped {skipped}")
         except PageFault as fault:
             failed = True
             print(f"docs: {fault}", file=sys.stderr)

@@ -141,6 +141,38 @@ pub fn payload_in(room: usize, trailer: bool) -> usize {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::vec::Vec;
+
+    #[test]
+    fn the_golden_records_are_these() {
+        let golden = include_str!("../../../vectors/record.txt");
+        let lines: Vec<&str> = golden.lines().filter(|l| !l.starts_with('#') && !l.is_empty()).collect();
+        assert_eq!(lines.len(), 24, "two carriers, each with 5 streams, 5 messages, a skip and a grow");
+        for line in lines {
+            let words: Vec<&str> = line.split(' ').collect();
+            let [carrier, kind, len, hex] = words[..] else { panic!("four words: {line}") };
+            let bytes: Vec<u8> = (0..hex.len() / 2)
+                .map(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).expect("hex"))
+                .collect();
+            let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+            let header = Header::decode(word(8), bytes.len()).expect("a header");
+            let kind = match kind {
+                "stream" => Kind::Stream,
+                "message" => Kind::Message,
+                "skip" => Kind::Skip,
+                _ => Kind::Grow,
+            };
+            let len: u32 = len.parse().expect("a length");
+            assert_eq!(header, Header { kind, trailer: carrier == "put", len }, "{line}");
+            assert_eq!(header.encode(), word(8));
+            assert_eq!(header.footprint(), bytes.len());
+            let payload = &bytes[header.payload_at()..][..len as usize];
+            assert!(payload.iter().enumerate().all(|(i, byte)| usize::from(*byte) == i * 7 % 251));
+            if header.trailer {
+                assert_eq!(word(trailer_at(len as usize)), !word(0));
+            }
+        }
+    }
 
     proptest! {
         #[test]
