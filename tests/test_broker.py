@@ -478,6 +478,16 @@ def test_a_domain_that_changes_its_group_is_judged_anew(tmp_path: Path) -> None:
         assert not node.door("c").exists()
 
 
+def test_a_domain_that_changes_its_user_is_another_domain(tmp_path: Path) -> None:
+    with Node(tmp_path / "run", DOMAINS) as node, node.attach("a") as a:
+        before = node.number("a")
+        node.change_policy(DOMAINS.replace('name = "a"\n', f'name = "a"\nuid = {os.geteuid()}\n'))
+        assert a.ended()
+        assert node.number("a") > before
+        with node.attach("a"):
+            pass
+
+
 def test_removing_a_domain_cuts_its_connections_and_sends_its_programs_away(
     node: Node, a: Program, b: Program
 ) -> None:

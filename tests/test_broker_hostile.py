@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -349,6 +350,32 @@ def test_others_cannot_fill_a_listeners_queue(node: Node, monkeypatch: pytest.Mo
         for _, _, fields in listener._waiting:
             for fd in fields.pop("fds"):
                 os.close(fd)
+
+
+def test_descriptors_in_flight_are_limited_and_that_is_survived(
+    node: Node, neighbours: tuple[Program, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel says to an unprivileged broker whose programs leave too many descriptors unread."""
+    good, listener = neighbours
+    real = attachment_module.Attachment._write
+    full = True
+
+    def write(self: attachment_module.Attachment, packet: bytes, fds: tuple[int, ...]) -> None:
+        if fds and full:
+            raise OSError(errno.ETOOMANYREFS, "too many references")
+        real(self, packet, fds)
+
+    monkeypatch.setattr(attachment_module.Attachment, "_write", write)
+    assert good.try_connect("listener", 7).refusal == "limit-reached"
+    full = False
+    request = good.start_connect("listener", 7)
+    incoming = listener.next("incoming")
+    full = True
+    listener.accept(incoming)
+    assert good.refused(request).refusal == "limit-reached"
+    assert listener.next("cut")["refusal"] == "limit-reached"
+    full = False
+    good.connect("listener", 7, listener)
 
 
 def test_a_program_that_says_nothing_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,8 @@ class Attachment:
                 return
             except OSError as error:
                 if error.errno == errno.ETOOMANYREFS:
+                    # The socket is writable and yet it cannot be done: look again in a while, not at once.
+                    self._loop.remove_writer(self.fd)
                     return
                 self.close("gone")
                 return
@@ -263,7 +265,11 @@ class Attachment:
         self._loop.remove_writer(self.fd)
 
     def blocked_since(self) -> float | None:
-        return self._blocked_since if self._writing and not self.closed else None
+        """Since when nothing of the queue could be sent; None if there is no queue."""
+        if not self._writing or self.closed:
+            return None
+        self._loop.add_writer(self.fd, self._handle_writable)
+        return self._blocked_since
 
     # Ending.
 
