@@ -12,21 +12,22 @@
 //! Sleeping: a futex on the low half of the stamp (receiver) or of the credit (sender), both with a flag that says so,
 //! so that no system call is made while both are awake.
 
+mod map;
+
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
-    ptr::NonNull,
+    os::fd::{AsFd, OwnedFd, RawFd},
     sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
 
 use rustix::{
     fs::{MemfdFlags, ftruncate, memfd_create},
     io::Errno,
-    mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap},
     thread::futex,
     time::Timespec,
 };
 
+use self::map::Map;
 use crate::{clock::Clock, copy::Copy, error::BenchError, fd::duplicate, loops::Transport, wait::Wait};
 
 /// Bytes of one direction's ring: one huge page.
@@ -53,19 +54,6 @@ pub enum Side {
     Right,
 }
 
-/// One direction's words, each alone on its line and on the neighbour the processor may fetch with it.
-#[repr(C)]
-struct Control {
-    credit: Padded<AtomicU64>,
-    receiver_sleeps: Padded<AtomicU32>,
-    sender_sleeps: Padded<AtomicU32>,
-    /// Set by the sender of this direction when it leaves.
-    closed: Padded<AtomicU32>,
-}
-
-#[repr(C, align(128))]
-struct Padded<T>(T);
-
 /// Both directions mapped: a [`Transport`].
 pub struct MappedRing {
     map: Map,
@@ -79,8 +67,7 @@ pub struct MappedRing {
 
 /// What one end keeps of one direction.
 struct Direction {
-    ring: usize,
-    control: usize,
+    index: usize,
     /// Bytes of the endless stream written (sender) or read (receiver).
     position: u64,
     /// The other end's position, as last heard (sender) or last told (receiver).
@@ -89,8 +76,7 @@ struct Direction {
 
 impl Direction {
     fn new(index: usize) -> Self {
-        let control = 2 * RING_BYTES + index * size_of::<Control>();
-        Self { ring: index * RING_BYTES, control, position: 0, credit: 0 }
+        Self { index, position: 0, credit: 0 }
     }
 
     /// Bytes from the position to the end of the ring's memory.
@@ -98,8 +84,14 @@ impl Direction {
         RING_BYTES - self.offset()
     }
 
+    /// Where that is in the ring.
     fn offset(&self) -> usize {
         self.position as usize % RING_BYTES
+    }
+
+    /// Where that is in the mapping.
+    fn place(&self) -> usize {
+        self.index * RING_BYTES + self.offset()
     }
 }
 
@@ -156,7 +148,7 @@ impl MappedRing {
         let len = chunk.len().min(CHUNK_BYTES).min(self.out.contiguous() - HEADER);
         let step = (HEADER + len).next_multiple_of(LINE) as u64;
         self.wait_for_room(step)?;
-        let header = self.map.at(self.out.ring + self.out.offset());
+        let header = self.map.at(self.out.place());
         // SAFETY: `offset` is a multiple of 64 below RING_BYTES and `HEADER + len` reaches at most the ring's end, so
         // all is inside the mapping. The credit says that the receiver has read these bytes, so it does not look.
         unsafe {
@@ -164,7 +156,7 @@ impl MappedRing {
             // Last, next to the stamp: the header's line then changes hands once.
             header.cast::<u32>().add(2).write(len as u32);
         }
-        let word = self.map.word64(header);
+        let word = self.map.stamp_at(self.out.place());
         let stamp = stamp(self.out.position);
         self.out.position += step;
         if self.spin.is_none() {
@@ -172,7 +164,7 @@ impl MappedRing {
         } else {
             // Stamp, then flag; the receiver's flag, then stamp. Both orders are total, so one of the two sees the other.
             word.swap(stamp, Ordering::SeqCst);
-            let control = self.map.control(&self.out);
+            let control = self.map.control(self.out.index);
             if control.receiver_sleeps.0.load(Ordering::SeqCst) != 0 {
                 control.receiver_sleeps.0.store(0, Ordering::Relaxed);
                 futex::wake(low_half(word), futex::Flags::empty(), 1)?;
@@ -187,8 +179,8 @@ impl MappedRing {
         if enough(self.out.credit, self.out.position) {
             return Ok(());
         }
-        let control = self.map.control(&self.out);
-        let gone = &self.map.control(&self.into).closed.0;
+        let control = self.map.control(self.out.index);
+        let gone = &self.map.control(self.into.index).closed.0;
         let position = self.out.position;
         let credit = self.wait_until(&control.credit.0, &control.sender_sleeps.0, gone, |credit| {
             enough(credit, position)
@@ -198,11 +190,11 @@ impl MappedRing {
     }
 
     fn receive_chunk(&mut self, target: &mut [u8]) -> io::Result<usize> {
-        let header = self.map.at(self.into.ring + self.into.offset());
-        let word = self.map.word64(header);
+        let header = self.map.at(self.into.place());
+        let word = self.map.stamp_at(self.into.place());
         let expected = stamp(self.into.position);
         if word.load(Ordering::Acquire) != expected {
-            let control = self.map.control(&self.into);
+            let control = self.map.control(self.into.index);
             self.wait_until(word, &control.receiver_sleeps.0, &control.closed.0, |found| found == expected)?;
         }
         // SAFETY: the header is inside the mapping; the stamp was read with Acquire and is the sender's
@@ -225,7 +217,7 @@ impl MappedRing {
 
     fn give_credit(&mut self) -> io::Result<()> {
         self.into.credit = self.into.position;
-        let control = self.map.control(&self.into);
+        let control = self.map.control(self.into.index);
         if self.spin.is_none() {
             control.credit.0.store(self.into.credit, Ordering::Release);
             return Ok(());
@@ -302,7 +294,7 @@ impl Transport for MappedRing {
 
 impl Drop for MappedRing {
     fn drop(&mut self) {
-        let control = self.map.control(&self.out);
+        let control = self.map.control(self.out.index);
         control.closed.0.store(1, Ordering::SeqCst);
     }
 }
@@ -323,86 +315,6 @@ fn nap(word: &AtomicU64, found: u64) -> io::Result<()> {
     match futex::wait(low_half(word), futex::Flags::empty(), found as u32, Some(&NAP)) {
         Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => Ok(()),
         Err(other) => Err(other.into()),
-    }
-}
-
-/// The memfd, mapped at a multiple of 2 MiB.
-struct Map {
-    reserved: NonNull<u8>,
-    start: NonNull<u8>,
-}
-
-// SAFETY: the mapping belongs to the process, not to a thread, and its address may be used from any.
-unsafe impl Send for Map {}
-// SAFETY: a shared `Map` gives out addresses and atomic words, and nothing that two threads could not hold at once.
-unsafe impl Sync for Map {}
-
-impl Map {
-    const RESERVED: usize = TOTAL_BYTES + RING_BYTES;
-
-    fn new(memory: BorrowedFd<'_>) -> Result<Self, BenchError> {
-        let refused = |source: Errno| BenchError::Memory { bytes: TOTAL_BYTES, source: source.into() };
-        // SAFETY: a fresh mapping, placed by the kernel, touches nothing that exists.
-        let reserved = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), Self::RESERVED, ProtFlags::empty(), MapFlags::PRIVATE)
-        }
-        .map_err(refused)?;
-        let reserved = NonNull::new(reserved.cast::<u8>()).ok_or_else(|| refused(Errno::NOMEM))?;
-        let ahead = reserved.as_ptr().addr().next_multiple_of(RING_BYTES) - reserved.as_ptr().addr();
-        // SAFETY: `ahead` is less than RING_BYTES, so TOTAL_BYTES from there are within the reservation.
-        let start = unsafe { reserved.add(ahead) };
-        let map = Self { reserved, start };
-        let place = map.start.as_ptr().cast();
-        // SAFETY: FIXED replaces only a part of the reservation made above, which nothing else knows of.
-        unsafe {
-            mmap(
-                place,
-                TOTAL_BYTES,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::FIXED,
-                memory,
-                0,
-            )
-        }
-        .map_err(refused)?;
-        for ring in [0, RING_BYTES] {
-            let page = map.at(ring);
-            // SAFETY: a read inside the mapping, so that there is a page to collapse. Collapsing changes the size of
-            // pages and never their contents; where the kernel refuses, the ring stays on small pages and works.
-            unsafe {
-                page.as_ptr().read_volatile();
-                libc::madvise(page.as_ptr().cast(), RING_BYTES, libc::MADV_COLLAPSE);
-            }
-        }
-        Ok(map)
-    }
-
-    #[inline(always)]
-    fn at(&self, offset: usize) -> NonNull<u8> {
-        debug_assert!(offset < TOTAL_BYTES);
-        // SAFETY: every offset used here is below TOTAL_BYTES: rings by their modulus, control words by layout.
-        unsafe { self.start.add(offset) }
-    }
-
-    #[inline(always)]
-    fn word64(&self, place: NonNull<u8>) -> &AtomicU64 {
-        // SAFETY: `place` is the start of a cache line inside the mapping, which lives as long as `self`; all access to
-        // a stamp while both ends use the ring is atomic.
-        unsafe { place.cast::<AtomicU64>().as_ref() }
-    }
-
-    #[inline(always)]
-    fn control<'map>(&'map self, direction: &Direction) -> &'map Control {
-        // SAFETY: `control` is a multiple of 128 inside the control page, with room for the words, all of them atomic
-        // and valid for any bits.
-        unsafe { self.at(direction.control).cast::<Control>().as_ref() }
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: the reservation and everything mapped over it is this value's own, and no reference outlives it.
-        let _ = unsafe { munmap(self.reserved.as_ptr().cast(), Self::RESERVED) };
     }
 }
 

@@ -80,8 +80,8 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     if lines and max(lines) > 2 * min(lines):
         far = sum(line > 2 * min(lines) for line in lines) / len(lines)
         found.append(
-            f"The cores were {min(lines):.3f} µs apart at best and more than twice that before {far:.0%} of runs: "
-            "this machine's processors move."
+            f"This machine's processors move: its cores were {min(lines):.3f} µs apart at best, more than "
+            f"twice that before {far:.0%} of the runs."
         )
     return found
 
