@@ -12,6 +12,10 @@ use crate::parts::Dest;
 use crate::sync::{Ordering, fence};
 use crate::{Ring, Store, StoreFailed, View};
 
+/// Records in a row that carry nothing: a sender needs two, to grow and to begin its ring again. A
+/// hostile one could otherwise keep its receiver looking for ever.
+const IDLE_MAX: u32 = 4;
+
 /// What lies at the front of the lane.
 #[must_use]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +35,8 @@ pub enum Fault {
     Grow,
     /// A stream record in a message lane or the other way round.
     Kind,
+    /// Record after record that carries nothing.
+    Idle,
 }
 
 impl fmt::Display for Fault {
@@ -39,6 +45,7 @@ impl fmt::Display for Fault {
             Self::Header(fault) => write!(f, "{fault}"),
             Self::Grow => f.write_str("record.kind: this lane cannot grow"),
             Self::Kind => f.write_str("record.kind: a stream piece in a message lane, or the reverse"),
+            Self::Idle => f.write_str("record.kind: record after record that carries nothing"),
         }
     }
 }
@@ -57,6 +64,8 @@ pub struct Rx<S, V> {
     offset: usize,
     /// The record at the front, validated, and how much of its payload was received.
     current: Option<(Header, usize)>,
+    /// Records without payload since the last one that had some.
+    idle: u32,
     /// The credit that the sender was last given.
     given: u64,
     rung: u32,
@@ -79,6 +88,7 @@ impl<S: Store, V: View> Rx<S, V> {
             position: 0,
             offset: 0,
             current: None,
+            idle: 0,
             given: 0,
             rung: 0,
             arm: 0,
@@ -131,21 +141,37 @@ impl<S: Store, V: View> Rx<S, V> {
                 }
             }
             match header.kind {
-                Kind::Skip => self.advance(to_end),
-                Kind::Grow if self.stage == Stage::Small && self.geometry.large() > 0 => {
-                    if let Some(prepare) = &self.prepare {
-                        prepare();
-                    }
-                    self.position += header.footprint() as u64;
-                    self.stage = Stage::Large;
-                    self.offset = 0;
+                Kind::Grow if self.stage == Stage::Large || self.geometry.large() == 0 => {
+                    return Err(Fault::Grow);
                 }
-                Kind::Grow => return Err(Fault::Grow),
-                kind if kind != self.kind => return Err(Fault::Kind),
-                Kind::Stream if header.len == 0 => self.advance(header.footprint()),
-                _ => self.current = Some((header, 0)),
+                Kind::Message | Kind::Stream if header.kind != self.kind => return Err(Fault::Kind),
+                Kind::Stream if header.len > 0 => self.take(header),
+                Kind::Message => self.take(header),
+                _ if self.idle >= IDLE_MAX => return Err(Fault::Idle),
+                kind => {
+                    self.idle += 1;
+                    match kind {
+                        Kind::Grow => self.grow(header),
+                        Kind::Skip => self.advance(to_end),
+                        Kind::Stream | Kind::Message => self.advance(header.footprint()),
+                    }
+                }
             }
         }
+    }
+
+    fn take(&mut self, header: Header) {
+        self.current = Some((header, 0));
+        self.idle = 0;
+    }
+
+    fn grow(&mut self, header: Header) {
+        if let Some(prepare) = &self.prepare {
+            prepare();
+        }
+        self.position += header.footprint() as u64;
+        self.stage = Stage::Large;
+        self.offset = 0;
     }
 
     /// Receive from the front into `dest`: as much of the stream as there is and fits, or one
