@@ -60,6 +60,8 @@ pub struct Tx<S, V> {
     /// Nothing may be written before the receiver's credit reaches this (see [`Store::PEER_GROWS`]).
     gate: u64,
     full: u32,
+    /// Bytes of ring that the message wants which did not fit last, 0 if the last one did.
+    wanted: usize,
     /// The last arm of the receiver for which the bell was rung.
     rung: u32,
     arm: u32,
@@ -83,6 +85,7 @@ impl<S: Store, V: View> Tx<S, V> {
             credit: 0,
             gate: 0,
             full: 0,
+            wanted: 0,
             rung: 0,
             arm: 0,
             bytes: 0,
@@ -124,7 +127,7 @@ impl<S: Store, V: View> Tx<S, V> {
         debug_assert!(!self.finished, "writing after finish");
         let asked = source.left();
         let mut ring = Ring::Quiet;
-        let grew = self.grow_for(asked)?;
+        let grew = if self.holds_out() { false } else { self.grow_for(asked)? };
         while source.left() > 0 {
             let Some(room) = self.room(source.left()) else { break };
             let len = source.left().min(CHUNK).min(payload_in(room, self.store.trailer()));
@@ -165,18 +168,18 @@ impl<S: Store, V: View> Tx<S, V> {
     fn write_fitting_message(&mut self, len: usize, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
         debug_assert!(!self.finished, "writing after finish");
         let need = footprint(len, self.store.trailer());
-        let grew = self.grow_for(need)?;
-        let capacity = self.stage.capacity(self.geometry);
-        let to_end = capacity - self.offset;
-        let wanted = if need > to_end { to_end + need } else { need };
-        if self.free() < wanted || self.gate > self.credit {
-            self.look_for_credit();
-            if self.free() < wanted || self.gate > self.credit {
-                self.full = self.full.saturating_add(1);
-                let ring = if grew { self.look_for_sleeper(Ring::Quiet) } else { Ring::Quiet };
-                return Ok(Written { bytes: 0, all: false, ring });
-            }
+        let grew =
+            if self.holds_out() && self.takes(self.wanted_for(need)) { false } else { self.grow_for(need)? };
+        let wanted = self.wanted_for(need);
+        if !self.takes(wanted) {
+            self.full = self.full.saturating_add(1);
+            // A ring that is about to grow need not have that much: it grows when there is some.
+            self.wanted = wanted.min(self.stage.capacity(self.geometry) - self.space_wanted());
+            let ring = if grew { self.look_for_sleeper(Ring::Quiet) } else { Ring::Quiet };
+            return Ok(Written { bytes: 0, all: false, ring });
         }
+        self.wanted = 0;
+        let to_end = self.stage.capacity(self.geometry) - self.offset;
         if need > to_end {
             self.put(Kind::Skip, 0, &mut Source::empty())?;
             self.advance(to_end - ALIGN);
@@ -189,12 +192,10 @@ impl<S: Store, V: View> Tx<S, V> {
         Ok(Written { bytes: len, all: true, ring })
     }
 
-    /// Could something be written now? Looks for credit.
+    /// Could something be written now? If a message did not fit last: could that message? Looks
+    /// for credit.
     pub fn has_space(&mut self) -> bool {
-        if self.free() < ALIGN || self.gate > self.credit {
-            self.look_for_credit();
-        }
-        self.free() >= self.space_wanted() && self.gate <= self.credit
+        self.takes(self.space_wanted().max(self.wanted))
     }
 
     /// Would `len` bytes surely fit now, without growing and wherever the ring ends?
@@ -251,6 +252,26 @@ impl<S: Store, V: View> Tx<S, V> {
     /// how much credit the receiver may hold back.
     fn space_wanted(&self) -> usize {
         (self.stage.capacity(self.geometry) / crate::layout::CREDIT_SHARE).max(ALIGN)
+    }
+
+    /// Are so many bytes of ring free, and may they be used? Looks for credit only if it must.
+    fn takes(&mut self, bytes: usize) -> bool {
+        if self.free() < bytes || self.gate > self.credit {
+            self.look_for_credit();
+        }
+        self.free() >= bytes && self.gate <= self.credit
+    }
+
+    /// Bytes of ring for a record of `need` bytes, which begins anew where the ring ends too soon.
+    fn wanted_for(&self, need: usize) -> usize {
+        let to_end = self.stage.capacity(self.geometry) - self.offset;
+        if need > to_end { to_end + need } else { need }
+    }
+
+    /// Where the receiver has to take part in growing, it does not begin before the small ring was
+    /// full once: whoever sends before anybody listens need not wait.
+    fn holds_out(&self) -> bool {
+        self.store.peer_grows() && self.full == 0
     }
 
     fn free(&self) -> usize {

@@ -50,8 +50,13 @@ struct Memory {
     halves: HashMap<usize, AtomicU32>,
     /// A payload's first byte stands for all of it.
     payloads: HashMap<usize, UnsafeCell<u8>>,
+    /// Whether the large ring may be used.
+    prepared: UnsafeCell<bool>,
     order: Order,
 }
+
+// SAFETY: loom runs one thread at a time, and reports unordered use of a cell.
+unsafe impl Sync for Memory {}
 
 impl Memory {
     /// With `slots`: offsets of records, each with the length of its payload.
@@ -67,8 +72,14 @@ impl Memory {
                 .map(|at| (at, AtomicU32::new(0)))
                 .collect(),
             payloads: slots.iter().map(|(at, len)| (at + payload_at(*len), UnsafeCell::new(0))).collect(),
+            prepared: UnsafeCell::new(false),
             order,
         })
+    }
+
+    fn prepare(&self) {
+        // SAFETY: loom reports whoever looks meanwhile.
+        self.prepared.with_mut(|prepared| unsafe { prepared.write(true) });
     }
 }
 
@@ -108,6 +119,10 @@ impl Store for End {
         let memory = &self.memory;
         let (word, second) = (&memory.words[&at], &memory.words[&(at + 8)]);
         let len = header.len as usize;
+        if at >= LARGE_AT {
+            // SAFETY: loom reports whoever prepares it meanwhile.
+            assert!(memory.prepared.with(|prepared| unsafe { prepared.read() }), "not prepared yet");
+        }
         let mut first = None;
         // SAFETY: a piece is readable and not empty.
         source.take(len, |from, _| first = first.or(Some(unsafe { from.read() })));
@@ -142,7 +157,11 @@ impl Store for End {
         Ok(())
     }
 
-    fn prepare_large(&self) {}
+    fn prepare_large(&self) {
+        if !self.put {
+            self.memory.prepare();
+        }
+    }
 
     fn counter(&self, _: usize, _: u64) {}
 }
@@ -209,14 +228,13 @@ fn lane(kind: Kind, large: u32, put: bool, slots: &[(usize, usize)], order: Orde
     let forth = End { memory: Memory::new(slots, order), put };
     let back = End { memory: Memory::new(&[], Order::Release), put };
     let (data, space) = (Arc::new(Bell::default()), Arc::new(Bell::default()));
-    (
-        Sender {
-            tx: Tx::new(forth.clone(), back.clone(), geometry, SECRET),
-            theirs: Arc::clone(&data),
-            ours: Arc::clone(&space),
-        },
-        Receiver { rx: Rx::new(back, forth, geometry, SECRET, kind), theirs: space, ours: data },
-    )
+    let (inbox, rx) =
+        (Arc::clone(&forth.memory), Rx::new(back.clone(), forth.clone(), geometry, SECRET, kind));
+    let mut receiver = Receiver { rx, theirs: Arc::clone(&space), ours: Arc::clone(&data) };
+    if put {
+        receiver.rx.on_grow(move || inbox.prepare());
+    }
+    (Sender { tx: Tx::new(forth, back, geometry, SECRET), theirs: data, ours: space }, receiver)
 }
 
 /// Slots for `count` records of `len` bytes from the beginning of the small ring, and the header
@@ -388,21 +406,42 @@ fn a_sender_that_waits_for_space_is_woken_by_credit_or_by_the_receivers_end() {
     }
 }
 
-/// The large ring is the receiver's to prepare: nothing may be there before the receiver has seen
-/// the record that says so.
+/// The ring is not full, but what is left is too little: credit that comes between the last look
+/// and the sleep must be seen.
 #[test]
-fn a_lane_that_its_receiver_grows_waits_for_it() {
-    model(3, || {
-        // The record that says so, the message, and the header behind it.
-        let len = 2000;
-        let all = [(SMALL_AT, 0), (LARGE_AT, len), (LARGE_AT + footprint(len, true), 0)];
-        let (mut sender, mut receiver) = lane(Kind::Message, 2 * RING, true, &all, Order::Release);
-        assert!(receiver.rx.look() == Ok(Seen::Nothing));
-        let sending = thread::spawn(move || {
-            // Too much for the small ring.
-            assert!(sender.send(Kind::Message, 7, len));
-        });
-        assert_eq!(receiver.receive(len), Some(vec![7; len]));
+fn a_sender_with_a_little_space_left_is_woken_too() {
+    model(4, || {
+        let (long, short, next) = (1664, 448, 200);
+        let second = SMALL_AT + footprint(long, false);
+        let third = second + footprint(long, false);
+        let end = third + footprint(short, false);
+        let all = [(SMALL_AT, long), (second, long), (third, short), (end, 0), (SMALL_AT, next)];
+        let (mut sender, mut receiver) = lane(Kind::Message, 0, false, &all, Order::Release);
+        for len in [long, long, short] {
+            assert!(sender.attempt(Kind::Message, 1, len));
+        }
+        let sending = thread::spawn(move || assert!(sender.send(Kind::Message, 2, next)));
+        assert_eq!(receiver.receive(long), Some(vec![1; long]));
         sending.join().expect("sender");
     });
+}
+
+/// The large ring may be the receiver's to prepare: nothing may be there before the receiver has
+/// seen the record that says so.
+#[test]
+fn a_lane_that_its_receiver_grows_waits_for_it() {
+    for put in [true, false] {
+        model(3, move || {
+            // The record that says so, a message too long for the small ring, the header behind it.
+            let len = 5000;
+            let all = [(SMALL_AT, 0), (LARGE_AT, len), (LARGE_AT + footprint(len, put), 0)];
+            let (mut sender, mut receiver) = lane(Kind::Message, 4 * RING, put, &all, Order::Release);
+            let sending = thread::spawn(move || {
+                // It waits for nothing else than that: the ring is empty.
+                assert!(sender.send(Kind::Message, 7, len));
+            });
+            assert_eq!(receiver.receive(len), Some(vec![7; len]));
+            sending.join().expect("sender");
+        });
+    }
 }
