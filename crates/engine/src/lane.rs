@@ -218,7 +218,11 @@ pub fn check(carrier: Carrier, file: BorrowedFd<'_>, geometry: Geometry) -> Resu
     match carrier {
         Carrier::Sealed if !read => wrong("it cannot be read".into()),
         Carrier::Put if !write => wrong("it cannot be written".into()),
-        _ => Ok(()),
+        // Nobody could write sealed memory through it, but whoever brings that is not our engine.
+        Carrier::Sealed if write => wrong("it can be written".into()),
+        // The sender could map it: then a page would be shared where a rule says that none is.
+        Carrier::Put if read => wrong("it can be read".into()),
+        Carrier::Sealed | Carrier::Put => Ok(()),
     }
 }
 
