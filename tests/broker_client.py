@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from isthmus._native import ANYBODY, CONTROL_MESSAGE_MAX, control_decode, control_encode
-
 from isthmus.broker.core import Broker
 from isthmus.broker.doors import bind_at
 from isthmus.broker.log import Log

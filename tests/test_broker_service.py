@@ -231,6 +231,10 @@ def test_where_things_are_for_root_and_for_others(monkeypatch: pytest.MonkeyPatc
     assert places.runtime_directory() == Path("/run/user/1000/isthmus")
     monkeypatch.setenv("ISTHMUS_DIR", "/else/where")
     assert places.runtime_directory() == Path("/else/where")
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    assert places.state_directory() is None
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/isthmus:/var/lib/more")
+    assert places.state_directory() == Path("/var/lib/isthmus")
     assert places.policy_file() is None
     policy = tmp_path / ".config/isthmus/policy.toml"
     policy.parent.mkdir(parents=True)

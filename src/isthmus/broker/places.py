@@ -17,6 +17,12 @@ def runtime_directory() -> Path:
     return Path.home() / ".cache" / "isthmus" / "run"
 
 
+def state_directory() -> Path | None:
+    """Where a service manager wants state kept, if there is one; else it lies in the runtime directory."""
+    given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return Path(given) if given else None
+
+
 def policy_file() -> Path | None:
     """The policy that is used when none is named, if there is one."""
     if os.geteuid() == 0:

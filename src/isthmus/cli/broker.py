@@ -14,7 +14,11 @@ from .output import Problem, dir_option, runtime_dir
 @click.option(
     "--policy", type=click.Path(path_type=Path), help="Policy file; the default is the machine's or none."
 )
-@click.option("--state", type=click.Path(path_type=Path), help="Where to keep domains and the ticket key.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    help="Where to keep domains and the ticket key [STATE_DIRECTORY, else --dir].",
+)
 @click.option(
     "--metrics-http", metavar="ADDRESS:PORT", help="Serve figures on this loopback address as well."
 )
@@ -42,7 +46,7 @@ def broker(
 
     from isthmus.broker.log import Log
     from isthmus.broker.metrics import parse_address
-    from isthmus.broker.places import policy_file
+    from isthmus.broker.places import policy_file, state_directory
     from isthmus.broker.service import Service, ServiceError
 
     try:
@@ -54,7 +58,7 @@ def broker(
         service = Service(
             runtime_dir(ctx, directory),
             policy_path=policy if policy is not None else policy_file(),
-            state_directory=state,
+            state_directory=state if state is not None else state_directory(),
             metrics_http=http,
             log=Log(style=style, level=log_level),
         )
