@@ -7,6 +7,7 @@ needed and made anew in a child of `os.fork`.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
@@ -58,7 +59,14 @@ def _forget_after_fork() -> None:
     _kept = None
 
 
+def _finish() -> None:
+    """What was sent is followed by the end, as when the kernel closes the sockets of a program that ends."""
+    for attachment in list(_attachments.values()):
+        attachment.native.finish()
+
+
 os.register_at_fork(after_in_child=_forget_after_fork)
+atexit.register(_finish)
 
 
 def _find_door(door: str | os.PathLike[str] | None) -> str:

@@ -94,7 +94,9 @@ def _refuse_flags(call: str, flags: int, known: int) -> None:
 def _waiting_limit(value: object) -> float | None:
     if value is None:
         return None
-    seconds = float(value)  # type: ignore[arg-type]  # a TypeError says what is wrong
+    if isinstance(value, str) or not hasattr(type(value), "__float__") | hasattr(type(value), "__index__"):
+        raise TypeError(f"a time limit is a number of seconds or None, not {value!r}")
+    seconds = float(value)  # type: ignore[arg-type]  # it has just been looked at
     if not seconds >= 0:
         raise ValueError("Timeout value out of range")
     # The engine's clock ends somewhere; a year is for ever.

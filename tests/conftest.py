@@ -1,0 +1,122 @@
+"""Brokers with the domains `a` to `d`, one for each carrier, and pairs of sockets between them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+
+import isthmus
+from isthmus.testing import PrivateBroker
+
+DOMAINS = ("a", "b", "c", "d")
+#: What makes a broker give one carrier or the other.
+POLICIES = {
+    "sealed": None,
+    "put": '[[rule]]\nfrom = "*"\nto = "*"\naction = "accept"\nstrict = true\n',
+}
+#: No test waits longer for what must happen.
+LIMIT_S = 30.0
+
+T = TypeVar("T")
+
+
+class Domains:
+    """The domains of one broker, and sockets between them."""
+
+    def __init__(self, broker: PrivateBroker, carrier: str) -> None:
+        self.broker = broker
+        self.carrier = carrier
+        self._nodes: dict[str, isthmus.Node] = {}
+
+    def door(self, name: str) -> str:
+        return self.broker.door(name)
+
+    def __getitem__(self, name: str) -> isthmus.Node:
+        """The attachment of this process as that domain."""
+        node = self._nodes.get(name)
+        if node is None:
+            node = self._nodes[name] = isthmus.attach(self.door(name))
+        return node
+
+    def server(
+        self, type: int = socket.SOCK_STREAM, *, domain: str = "b", **options: object
+    ) -> isthmus.Socket:
+        server = isthmus.create_server(("", 0), type=type, node=self[domain], **options)  # type: ignore[arg-type]
+        server.settimeout(LIMIT_S)
+        return server
+
+    def pair(
+        self, type: int = socket.SOCK_STREAM, rings: int | tuple[int, int] | None = None
+    ) -> tuple[isthmus.Socket, isthmus.Socket]:
+        """Two connected sockets of the domains a and b; calls on them end after `LIMIT_S`."""
+        with self.server(type, rings=rings) as server:
+            one = isthmus.create_connection(
+                server.getsockname(), LIMIT_S, type=type, node=self["a"], rings=rings
+            )
+            other, _ = server.accept()
+        other.settimeout(LIMIT_S)
+        assert one.path == other.path == self.carrier
+        return one, other
+
+
+@pytest.fixture(scope="session")
+def brokers() -> Iterator[Callable[[str], Domains]]:
+    """Call it with a carrier: the domains between which that carrier is used."""
+    with contextlib.ExitStack() as stack:
+        made: dict[str, Domains] = {}
+
+        def get(carrier: str) -> Domains:
+            if carrier not in made:
+                broker = stack.enter_context(PrivateBroker(DOMAINS, POLICIES[carrier]))
+                made[carrier] = Domains(broker, carrier)
+            return made[carrier]
+
+        yield get
+
+
+@pytest.fixture(scope="session")
+def broker(brokers: Callable[[str], Domains]) -> PrivateBroker:
+    """A broker of the built-in policy with the domains `a` to `d`."""
+    return brokers("sealed").broker
+
+
+@pytest.fixture(params=sorted(POLICIES))
+def domains(request: pytest.FixtureRequest, brokers: Callable[[str], Domains]) -> Domains:
+    """The domains of a broker; the test runs once for each carrier."""
+    return brokers(request.param)
+
+
+@pytest.fixture
+def pair(domains: Domains) -> Iterator[tuple[isthmus.Socket, isthmus.Socket]]:
+    one, other = domains.pair()
+    with one, other:
+        yield one, other
+
+
+@pytest.fixture(params=[socket.SOCK_STREAM, socket.SOCK_SEQPACKET], ids=["stream", "seqpacket"])
+def any_pair(
+    request: pytest.FixtureRequest, domains: Domains
+) -> Iterator[tuple[isthmus.Socket, isthmus.Socket]]:
+    one, other = domains.pair(request.param)
+    with one, other:
+        yield one, other
+
+
+def descriptors() -> int:
+    """Descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def becomes(what: Callable[[], T], why: str = "it did not happen") -> T:
+    """Ask until the answer is true."""
+    end = time.monotonic() + LIMIT_S
+    while not (found := what()):
+        assert time.monotonic() < end, why
+        time.sleep(0.005)
+    return found
