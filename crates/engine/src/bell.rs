@@ -24,12 +24,19 @@ const SLEEP_LIMIT: Duration = Duration::from_secs(1);
 /// A follower looks up this often, because a condition variable cannot be interrupted by a signal.
 const FOLLOWER_LIMIT: Duration = Duration::from_millis(100);
 
+/// So many reads empty the bell of any honest peer. One that rings without end must not keep us
+/// reading: what is left makes the socket readable again, in its turn.
+const EMPTYING_READS: usize = 8;
+/// After so many wake-ups a sleeper is told to ask for signals, because a peer that rings without
+/// end sees to it that no sleep is ever interrupted.
+const WAKES_PER_SIGNAL: u64 = 64;
+
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Woken {
     /// Look again.
     Look,
-    /// A signal arrived.
+    /// A signal arrived, or may have.
     Signal,
 }
 
@@ -119,7 +126,7 @@ impl Bell {
                     if ready.readable || ready.hung_up {
                         self.empty();
                     }
-                    Woken::Look
+                    self.woken()
                 }
                 Err(_) => Woken::Signal,
             };
@@ -132,7 +139,11 @@ impl Bell {
             Err(_) => self.gone.store(true, Ordering::Release),
         }
         self.wakes.fetch_add(1, Ordering::AcqRel);
-        Woken::Look
+        self.woken()
+    }
+
+    fn woken(&self) -> Woken {
+        if self.wakes.load(Ordering::Relaxed) % WAKES_PER_SIGNAL == 0 { Woken::Signal } else { Woken::Look }
     }
 
     fn follow(&self, ticket: u64, limit: Duration) -> Woken {
@@ -161,7 +172,7 @@ impl Bell {
     /// Take all bytes out of the socket and note its end.
     pub fn empty(&self) {
         let mut bytes = [0; 64];
-        loop {
+        for _ in 0..EMPTYING_READS {
             match packet::pull(self.socket.as_fd(), &mut bytes) {
                 Ok(0) => self.gone.store(true, Ordering::Release),
                 Ok(n) if n == bytes.len() => continue,

@@ -49,11 +49,15 @@ const SHUT_SEND: u8 = 4;
 struct TxSide {
     tx: Tx<AnyStore, Mapped>,
     spin: Spin,
+    /// Threads that sleep until there is space. The last one disarms.
+    asleep: u32,
 }
 
 struct RxSide {
     rx: Rx<AnyStore, Mapped>,
     spin: Spin,
+    /// Threads that sleep until there is data. The last one disarms.
+    asleep: u32,
     /// A reset was reported; after it comes the end, as with kernel sockets.
     reset_told: bool,
     told_cpu: u32,
@@ -89,13 +93,19 @@ impl Connection {
         ends: Ends,
         bell: OwnedFd,
         counters_fd: OwnedFd,
-        node: Weak<Node>,
+        node: Option<&Arc<Node>>,
     ) -> Arc<Self> {
         let Ends { tx, rx, counters, view } = ends;
         Arc::new(Self {
             info,
-            tx: Mutex::new(TxSide { tx, spin: Spin::default() }),
-            rx: Mutex::new(RxSide { rx, spin: Spin::default(), reset_told: false, told_cpu: u32::MAX }),
+            tx: Mutex::new(TxSide { tx, spin: Spin::default(), asleep: 0 }),
+            rx: Mutex::new(RxSide {
+                rx,
+                spin: Spin::default(),
+                asleep: 0,
+                reset_told: false,
+                told_cpu: u32::MAX,
+            }),
             bell: Bell::new(bell),
             state: AtomicU8::new(0),
             cut: OnceLock::new(),
@@ -105,7 +115,7 @@ impl Connection {
             counters_fd,
             readiness: OnceLock::new(),
             owner: OnceLock::new(),
-            node,
+            node: node.map_or_else(Weak::new, Arc::downgrade),
             generation: cpu::generation(),
         })
     }
@@ -286,7 +296,7 @@ impl Connection {
         if how.expired() {
             return Err(Error::TimedOut { done });
         }
-        let TxSide { tx, spin: budget } = &mut *side;
+        let TxSide { tx, spin: budget, asleep } = &mut *side;
         let peer_cpu = tx.peer_cpu();
         if spin(how.wait, budget, peer_cpu, || tx.has_space() || !tx.open()) {
             return Ok(());
@@ -299,12 +309,21 @@ impl Connection {
         let ticket = self.bell.ticket();
         tx.arm().map_err(|e| self.memory(e))?;
         if tx.has_space() || !tx.open() {
-            let _ = tx.disarm();
+            if *asleep == 0 {
+                let _ = tx.disarm();
+            }
             return Ok(());
         }
+        *asleep += 1;
         drop(side);
         let woken = self.bell.wait(ticket, how.left(Duration::MAX));
-        let _ = lock(&self.tx).tx.disarm();
+        {
+            let mut side = lock(&self.tx);
+            side.asleep -= 1;
+            if side.asleep == 0 {
+                let _ = side.tx.disarm();
+            }
+        }
         // What we were woken for may be news for an event loop.
         self.refresh();
         if woken == Woken::Signal { self.stop_wanted(how, done) } else { Ok(()) }
@@ -445,13 +464,14 @@ impl Connection {
         if how.expired() {
             return Err(Error::TimedOut { done: 0 });
         }
-        let RxSide { rx, spin: budget, told_cpu, .. } = &mut *side;
+        let RxSide { rx, spin: budget, asleep, told_cpu, .. } = &mut *side;
         let peer_cpu = rx.peer_cpu();
         let mut looks = 0u32;
         let arrived = spin(how.wait, budget, peer_cpu, || {
             looks = looks.wrapping_add(1);
-            // The end of the lane is not a record: look for it now and then.
-            !rx.quiet() || (looks % 32 == 0 && !matches!(rx.look(), Ok(Seen::Nothing)))
+            // The end of the lane is not a record: look for it now and then. And a record that
+            // has begun may never be completed: only a whole one is worth waking for.
+            (!rx.quiet() || looks % 32 == 0) && !matches!(rx.look(), Ok(Seen::Nothing))
         });
         if arrived {
             return Ok(());
@@ -472,12 +492,21 @@ impl Connection {
         let (quiet, ring) = rx.prepare_to_sleep().map_err(|e| self.memory(e))?;
         self.ring(ring);
         if !quiet {
-            let _ = rx.disarm();
+            if *asleep == 0 {
+                let _ = rx.disarm();
+            }
             return Ok(());
         }
+        *asleep += 1;
         drop(side);
         let woken = self.bell.wait(ticket, how.left(Duration::MAX));
-        let _ = lock(&self.rx).rx.disarm();
+        {
+            let mut side = lock(&self.rx);
+            side.asleep -= 1;
+            if side.asleep == 0 {
+                let _ = side.rx.disarm();
+            }
+        }
         self.refresh();
         if woken == Woken::Signal { self.stop_wanted(how, 0) } else { Ok(()) }
     }
@@ -715,3 +744,6 @@ impl Drop for Connection {
         self.close();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -396,7 +396,7 @@ impl Node {
         };
         let ends = offer.join(&lane, theirs.0, theirs.1, secret, info.kind)?;
         let counters = offer.counters_descriptor()?;
-        let connection = Connection::new(info, ends, bell, counters, Arc::downgrade(self));
+        let connection = Connection::new(info, ends, bell, counters, Some(self));
         lock(&self.connections).insert(connection.info.id, Arc::downgrade(&connection));
         Ok(connection)
     }
