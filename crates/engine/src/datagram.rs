@@ -108,7 +108,11 @@ impl Datagram {
     pub fn send_to(&self, source: &mut Source<'_>, to: &str, port: u32, how: &How<'_>) -> Result<()> {
         for attempt in 0..2 {
             let connection = self.open_lane(to, port, how)?;
-            match connection.send_message(source, how) {
+            let sent = connection.send_message(source, how);
+            if self.readiness.get().is_some() && self.is_target(&connection) {
+                self.refresh();
+            }
+            match sent {
                 // The peer closed since: ask the broker whether somebody listens there now.
                 Err(Error::Pipe { .. } | Error::Reset { .. } | Error::Closed) if attempt == 0 => {
                     self.forget(&connection);
@@ -307,6 +311,10 @@ impl Datagram {
             let writable = target.is_none_or(|lane| lane.poll().1 || lane.park(false, true).unwrap_or(true));
             (readable, writable)
         });
+    }
+
+    fn is_target(&self, lane: &Arc<Connection>) -> bool {
+        lock(&self.target).as_ref().is_some_and(|target| Arc::ptr_eq(target, lane))
     }
 
     /// Let `lane` decide whether the socket is writable.

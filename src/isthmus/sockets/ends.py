@@ -189,8 +189,7 @@ class Lanes(End):
         return (own, theirs) if connection.path == "sealed" else (theirs, own)
 
     def take_error(self) -> int:
-        with self.lock:
-            error, self._error = self._error, None
+        error = self._failed()
         if error is None and self._connection is not None:
             try:
                 # Looks at nothing; raises what would keep anything from being looked at.
@@ -198,6 +197,14 @@ class Lanes(End):
             except OSError as broken:
                 error = broken
         return 0 if error is None else error.errno or errno.EIO
+
+    def _failed(self) -> OSError | None:
+        """How a connect failed that nobody waited for; told once, and the socket can connect again."""
+        with self.lock:
+            error, self._error = self._error, None
+            if self._connection is None:
+                self._fresh = False
+        return error
 
     # Ports.
 
@@ -351,8 +358,7 @@ class Lanes(End):
             return connection
         if self._closed:
             raise errors.Closed(errno.EBADF, "this socket was closed")
-        with self.lock:
-            error, self._error = self._error, None
+        error = self._failed()
         if error is not None:
             raise error
         what = "it listens; send and receive on what accept() gives" if self._listening else "connect() first"
