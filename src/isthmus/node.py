@@ -31,7 +31,8 @@ DOOR_ENV = "ISTHMUS_DOOR"
 
 
 class _Attachment:
-    """What all `Node` handles of one door share: the engine's object, stopped when the last handle goes."""
+    """What all `Node` handles of one door share: the engine's object. It detaches when these
+    and all connections and listeners made through it are gone."""
 
     __slots__ = ("__weakref__", "door", "native")
 
@@ -39,11 +40,6 @@ class _Attachment:
         program = os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") or "python"
         self.door = door
         self.native = _native.Node(door, program)
-
-    def __del__(self) -> None:
-        native = getattr(self, "native", None)
-        if native is not None and native.ours:
-            native.stop()
 
 
 _lock = threading.Lock()

@@ -16,7 +16,7 @@ use crate::datagram::Datagram;
 use crate::error::{Error, Result};
 use crate::lane::{AnyStore, Ends};
 use crate::lock;
-use crate::node::Node;
+use crate::node::{Attachment, Node};
 use crate::readiness::Readiness;
 use crate::wait::{How, spin};
 
@@ -78,6 +78,7 @@ pub struct Connection {
     /// The datagram socket this lane belongs to, if it is to be told of news.
     owner: OnceLock<Weak<Datagram>>,
     node: Weak<Node>,
+    _attachment: Option<Arc<Attachment>>,
     generation: u32,
 }
 
@@ -116,6 +117,7 @@ impl Connection {
             readiness: OnceLock::new(),
             owner: OnceLock::new(),
             node: node.map_or_else(Weak::new, Arc::downgrade),
+            _attachment: node.and_then(|node| node.keep()),
             generation: cpu::generation(),
         })
     }

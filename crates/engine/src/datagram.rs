@@ -19,7 +19,7 @@ use crate::connection::Connection;
 use crate::error::{Error, Result};
 use crate::listener::{Acceptor, Terms};
 use crate::lock;
-use crate::node::{ConnectRequest, Node};
+use crate::node::{Attachment, ConnectRequest, Node};
 use crate::readiness::Readiness;
 use crate::wait::How;
 
@@ -43,6 +43,7 @@ pub struct Datagram {
     target: Mutex<Option<Arc<Connection>>>,
     closed: AtomicBool,
     node: Weak<Node>,
+    _attachment: Option<Arc<Attachment>>,
     me: Weak<Self>,
     generation: u32,
 }
@@ -60,7 +61,7 @@ pub struct From {
 }
 
 impl Datagram {
-    pub(crate) fn new(terms: Terms, bound: bool, node: Weak<Node>) -> Result<Arc<Self>> {
+    pub(crate) fn new(terms: Terms, bound: bool, node: &Arc<Node>) -> Result<Arc<Self>> {
         let set = Set::new().map_err(Error::os("making a datagram socket"))?;
         let news = Flag::new().map_err(Error::os("making a datagram socket"))?;
         set.add(news.as_fd(), TOKEN_NEWS).map_err(Error::os("making a datagram socket"))?;
@@ -76,7 +77,8 @@ impl Datagram {
             readiness: OnceLock::new(),
             target: Mutex::new(None),
             closed: AtomicBool::new(false),
-            node,
+            node: Arc::downgrade(node),
+            _attachment: node.keep(),
             me: me.clone(),
             generation: cpu::generation(),
         }))

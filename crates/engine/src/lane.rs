@@ -283,10 +283,6 @@ impl Store for AnyStore {
         matches!(self, Self::Put(_))
     }
 
-    fn peer_grows(&self) -> bool {
-        matches!(self, Self::Put(_))
-    }
-
     #[inline]
     fn word(&self, at: usize, value: u64) -> std::result::Result<(), StoreFailed> {
         match self {

@@ -13,7 +13,7 @@ use isthmus_wire::control::{Refusal, SocketKind};
 use crate::connection::Connection;
 use crate::error::{Error, Result};
 use crate::lock;
-use crate::node::Node;
+use crate::node::{Attachment, Node};
 use crate::wait::How;
 
 /// Where the engine delivers connections that come in on a port.
@@ -48,11 +48,12 @@ pub struct Listener {
     waiting: Flag,
     closed: AtomicBool,
     node: Weak<Node>,
+    _attachment: Option<Arc<Attachment>>,
     generation: u32,
 }
 
 impl Listener {
-    pub(crate) fn new(terms: Terms, node: Weak<Node>) -> Result<Self> {
+    pub(crate) fn new(terms: Terms, node: &Arc<Node>) -> Result<Self> {
         let waiting = Flag::new().map_err(Error::os("making a descriptor to poll"))?;
         Ok(Self {
             terms,
@@ -60,7 +61,8 @@ impl Listener {
             queue: Mutex::default(),
             waiting,
             closed: AtomicBool::new(false),
-            node,
+            node: Arc::downgrade(node),
+            _attachment: node.keep(),
             generation: cpu::generation(),
         })
     }

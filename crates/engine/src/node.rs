@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, Weak, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use isthmus_sys::poll::{Flag, Set};
@@ -65,6 +65,24 @@ struct Answer {
     descriptors: Vec<OwnedFd>,
 }
 
+/// Keeps a [`Node`] attached: every listener and connection holds it, and the node detaches when
+/// the last of them and the program's own handle are gone.
+pub struct Attachment(Arc<Node>);
+
+impl std::ops::Deref for Attachment {
+    type Target = Arc<Node>;
+
+    fn deref(&self) -> &Arc<Node> {
+        &self.0
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 type Then = Box<dyn FnOnce(Result<Answer>) + Send>;
 
 pub struct Node {
@@ -79,6 +97,7 @@ pub struct Node {
     set: Set,
     wake: Flag,
     stopping: AtomicBool,
+    attachment: OnceLock<Weak<Attachment>>,
     generation: u32,
 }
 
@@ -87,7 +106,7 @@ impl Node {
     ///
     /// # Errors
     /// No broker answers there, or it refuses.
-    pub fn attach(door: &Path, program: &str) -> Result<Arc<Self>> {
+    pub fn attach(door: &Path, program: &str) -> Result<Arc<Attachment>> {
         cpu::raise_descriptor_limit();
         let (control, identity) = greet(door, program)?;
         let set = Set::new().map_err(Error::os("attaching"))?;
@@ -106,14 +125,21 @@ impl Node {
             set,
             wake,
             stopping: AtomicBool::new(false),
+            attachment: OnceLock::new(),
             generation: cpu::generation(),
         });
-        let agent = Arc::clone(&node);
+        let attachment = Arc::new(Attachment(Arc::clone(&node)));
+        let _ = node.attachment.set(Arc::downgrade(&attachment));
+        let agent = node;
         std::thread::Builder::new()
             .name("isthmus".into())
             .spawn(move || agent.run())
             .map_err(Error::os("starting the engine's thread"))?;
-        Ok(node)
+        Ok(attachment)
+    }
+
+    pub(crate) fn keep(&self) -> Option<Arc<Attachment>> {
+        self.attachment.get().and_then(Weak::upgrade)
     }
 
     #[must_use]
@@ -227,7 +253,7 @@ impl Node {
     /// The port is taken, or no rule lets anybody reach it.
     pub fn listen(self: &Arc<Self>, mut terms: Terms, how: &How<'_>) -> Result<Arc<Listener>> {
         terms.port = self.bind(&terms, how)?;
-        let listener = Arc::new(Listener::new(terms, Arc::downgrade(self))?);
+        let listener = Arc::new(Listener::new(terms, self)?);
         let acceptor: Arc<dyn Acceptor> = Arc::clone(&listener) as _;
         self.register(terms.port, terms.partner, Arc::downgrade(&acceptor));
         Ok(listener)
@@ -251,7 +277,7 @@ impl Node {
             terms.port = port;
             terms.port = self.bind(&terms, how)?;
         }
-        let socket = Datagram::new(terms, port.is_some(), Arc::downgrade(self))?;
+        let socket = Datagram::new(terms, port.is_some(), self)?;
         if port.is_some() {
             let acceptor: Arc<dyn Acceptor> = Arc::clone(&socket) as _;
             self.register(terms.port, terms.partner, Arc::downgrade(&acceptor));

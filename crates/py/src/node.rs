@@ -7,7 +7,7 @@ use std::sync::Arc;
 use isthmus_engine::Wait;
 use isthmus_engine::lane::{Counters as InnerCounters, LARGE_DEFAULT, SMALL_DEFAULT};
 use isthmus_engine::listener::Terms;
-use isthmus_engine::node::{ConnectRequest, Node as Inner};
+use isthmus_engine::node::{Attachment, ConnectRequest, Node as Inner};
 use isthmus_engine::readiness::Readiness;
 use isthmus_wire::control::ANYBODY;
 use pyo3::exceptions::PyValueError;
@@ -20,7 +20,7 @@ use crate::errors::to_python;
 /// An attachment to the broker behind a door.
 #[pyclass(frozen, module = "isthmus._native")]
 pub struct Node {
-    inner: Arc<Inner>,
+    inner: Arc<Attachment>,
 }
 
 #[pymethods]

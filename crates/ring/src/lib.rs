@@ -57,10 +57,6 @@ pub struct StoreFailed {
 pub trait Store {
     /// Records need a trailer because this store cannot write a header after its payload.
     fn trailer(&self) -> bool;
-    /// The peer prepares the memory of the large ring, so it must have seen the `Grow` record
-    /// before anything is put there.
-    fn peer_grows(&self) -> bool;
-
     /// Release: what was written before is visible to whoever sees `value`.
     ///
     /// # Errors

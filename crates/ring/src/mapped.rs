@@ -130,10 +130,6 @@ impl Store for Mapped {
         false
     }
 
-    fn peer_grows(&self) -> bool {
-        false
-    }
-
     #[inline]
     fn word(&self, at: usize, value: u64) -> Result<(), StoreFailed> {
         self.region.word_at(at).store(value, Ordering::Release);

@@ -98,7 +98,7 @@ impl<S: Store, V: View> Rx<S, V> {
         }
     }
 
-    /// For carriers whose receiver owns the large ring: called before the sender may use it.
+    /// For carriers whose receiver owns the large ring: called when the sender moves there.
     pub fn on_grow(&mut self, prepare: impl Fn() + Send + 'static) {
         self.prepare = Some(Box::new(prepare));
     }

@@ -57,8 +57,6 @@ pub struct Tx<S, V> {
     offset: usize,
     /// The receiver has consumed up to here, as far as we know.
     credit: u64,
-    /// Nothing may be written before the receiver's credit reaches this (see [`Store::PEER_GROWS`]).
-    gate: u64,
     full: u32,
     /// Bytes of ring that the message wants which did not fit last, 0 if the last one did.
     wanted: usize,
@@ -83,7 +81,6 @@ impl<S: Store, V: View> Tx<S, V> {
             position: 0,
             offset: 0,
             credit: 0,
-            gate: 0,
             full: 0,
             wanted: 0,
             rung: 0,
@@ -127,7 +124,7 @@ impl<S: Store, V: View> Tx<S, V> {
         debug_assert!(!self.finished, "writing after finish");
         let asked = source.left();
         let mut ring = Ring::Quiet;
-        let grew = if self.holds_out() { false } else { self.grow_for(asked)? };
+        let grew = self.grow_for(asked)?;
         while source.left() > 0 {
             let Some(room) = self.room(source.left()) else { break };
             let len = source.left().min(CHUNK).min(payload_in(room, self.store.trailer()));
@@ -168,8 +165,7 @@ impl<S: Store, V: View> Tx<S, V> {
     fn write_fitting_message(&mut self, len: usize, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
         debug_assert!(!self.finished, "writing after finish");
         let need = footprint(len, self.store.trailer());
-        let grew =
-            if self.holds_out() && self.takes(self.wanted_for(need)) { false } else { self.grow_for(need)? };
+        let grew = self.grow_for(need)?;
         let wanted = self.wanted_for(need);
         if !self.takes(wanted) {
             self.full = self.full.saturating_add(1);
@@ -204,7 +200,7 @@ impl<S: Store, V: View> Tx<S, V> {
         if self.free() < need {
             self.look_for_credit();
         }
-        self.free() >= need && self.gate <= self.credit
+        self.free() >= need
     }
 
     /// End this direction: the receiver gets everything sent so far and then the end.
@@ -254,24 +250,18 @@ impl<S: Store, V: View> Tx<S, V> {
         (self.stage.capacity(self.geometry) / crate::layout::CREDIT_SHARE).max(ALIGN)
     }
 
-    /// Are so many bytes of ring free, and may they be used? Looks for credit only if it must.
+    /// Are so many bytes of ring free? Looks for credit only if it must.
     fn takes(&mut self, bytes: usize) -> bool {
-        if self.free() < bytes || self.gate > self.credit {
+        if self.free() < bytes {
             self.look_for_credit();
         }
-        self.free() >= bytes && self.gate <= self.credit
+        self.free() >= bytes
     }
 
     /// Bytes of ring for a record of `need` bytes, which begins anew where the ring ends too soon.
     fn wanted_for(&self, need: usize) -> usize {
         let to_end = self.stage.capacity(self.geometry) - self.offset;
         if need > to_end { to_end + need } else { need }
-    }
-
-    /// Where the receiver has to take part in growing, it does not begin before the small ring was
-    /// full once: whoever sends before anybody listens need not wait.
-    fn holds_out(&self) -> bool {
-        self.store.peer_grows() && self.full == 0
     }
 
     fn free(&self) -> usize {
@@ -284,9 +274,9 @@ impl<S: Store, V: View> Tx<S, V> {
     fn room(&mut self, left: usize) -> Option<usize> {
         let to_end = self.stage.capacity(self.geometry) - self.offset;
         let worth = footprint(left.min(CHUNK), self.store.trailer()).min(to_end).min(self.space_wanted());
-        if self.free() < worth || self.gate > self.credit {
+        if self.free() < worth {
             self.look_for_credit();
-            if self.gate > self.credit || self.free() < worth {
+            if self.free() < worth {
                 return None;
             }
         }
@@ -318,9 +308,6 @@ impl<S: Store, V: View> Tx<S, V> {
         self.put(Kind::Grow, 0, &mut Source::empty())?;
         self.stage = Stage::Large;
         self.offset = 0;
-        if self.store.peer_grows() {
-            self.gate = self.position;
-        }
         Ok(true)
     }
 

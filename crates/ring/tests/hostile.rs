@@ -54,10 +54,6 @@ impl Store for Nowhere {
         false
     }
 
-    fn peer_grows(&self) -> bool {
-        false
-    }
-
     fn word(&self, _: usize, _: u64) -> Result<(), StoreFailed> {
         Ok(())
     }
