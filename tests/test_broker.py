@@ -635,3 +635,21 @@ def test_counts_of_a_lane_reach_the_accounts(node: Node, a: Program, b: Program)
         "received_bytes": 30,
         "received_messages": 1,
     }
+
+
+def test_one_neighbour_cannot_fill_all_places_of_a_slow_listener(tmp_path: Path) -> None:
+    policy = (
+        "[limits]\npending = 8\npending_per_peer = 3\n[[rule]]\nfrom = '*'\nto = '*'\naction = 'accept'\n"
+    )
+    with Node(tmp_path / "run", policy) as node:
+        node.add("slow", "greedy", "modest")
+        with node.attach("slow") as slow, node.attach("greedy") as greedy, node.attach("modest") as modest:
+            port = slow.bind(backlog=64)
+            for _ in range(3):
+                greedy.start_connect("slow", port)
+            refused = greedy.try_connect("slow", port)
+            assert refused.refusal == "limit-reached"
+            assert "pending_per_peer" in refused.text
+            modest.start_connect("slow", port)
+            for _ in range(4):
+                slow.next("incoming")

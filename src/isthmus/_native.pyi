@@ -1,9 +1,41 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, final
 
 from typing_extensions import Buffer
 
-__all__: list[str]
+__all__ = [
+    "ANYBODY",
+    "BenchRing",
+    "CARRIERS",
+    "CONTROL_DESCRIPTORS_MAX",
+    "CONTROL_MESSAGE_MAX",
+    "CONTROL_TEXT_MAX",
+    "CONTROL_VERSION",
+    "Connection",
+    "Counters",
+    "Datagram",
+    "ERROR_CLASSES",
+    "LARGE_DEFAULT",
+    "Listener",
+    "Node",
+    "Pollable",
+    "Poller",
+    "REFUSALS",
+    "SMALL_DEFAULT",
+    "SOCKET_KINDS",
+    "bench_cacheline",
+    "bench_connect_client",
+    "bench_connect_server",
+    "bench_connection",
+    "bench_fd",
+    "bench_memcpy",
+    "bench_ring",
+    "bench_ring_memory",
+    "check_name",
+    "control_decode",
+    "control_encode",
+    "parse_address",
+]
 
 _Kind: TypeAlias = Literal["stream", "seqpacket", "datagram"]
 
@@ -179,19 +211,19 @@ class Counters:
 
 @final
 class BenchRing:
-    def __new__(cls, fd: int, left: bool, wait: str, streaming: bool) -> BenchRing: ...
-    def send(self, message: bytearray) -> None: ...
-    def recv_into(self, message: bytearray) -> None: ...
+    def __new__(cls, fd: int, left: bool, wait: str, streaming: bool, /) -> BenchRing: ...
+    def send(self, message: Buffer, /) -> None: ...
+    def recv_into(self, message: Buffer, /) -> None: ...
 
-def bench_cacheline(duration_s: float, cpus: tuple[int, int] | None = None) -> dict[str, Any]: ...
-def bench_connect_client(address: str, warmup_s: float, duration_s: float) -> dict[str, Any]: ...
-def bench_connect_server(listener: int) -> dict[str, Any]: ...
-def bench_connection(
-    connection: Connection, wait: str, part: str, plan: dict[str, Any]
-) -> dict[str, Any]: ...
-def bench_fd(fd: int, wait: str, part: str, plan: dict[str, Any]) -> dict[str, Any]: ...
-def bench_memcpy(size: int, duration_s: float, pages: str, data: str, copy: str) -> dict[str, Any]: ...
+_Plan: TypeAlias = Mapping[str, object]
+
+def bench_cacheline(duration_s: float, cpus: tuple[int, int] | None, /) -> dict[str, Any]: ...
+def bench_connect_client(address: str, warmup_s: float, duration_s: float, /) -> dict[str, Any]: ...
+def bench_connect_server(listener: int, /) -> dict[str, Any]: ...
+def bench_connection(connection: Connection, wait: str, part: str, plan: _Plan) -> dict[str, Any]: ...
+def bench_fd(fd: int, wait: str, part: str, plan: _Plan, /) -> dict[str, Any]: ...
+def bench_memcpy(size: int, duration_s: float, pages: str, data: str, copy: str, /) -> dict[str, Any]: ...
 def bench_ring(
-    fd: int, left: bool, streaming: bool, wait: str, part: str, plan: dict[str, Any]
+    fd: int, left: bool, streaming: bool, wait: str, part: str, plan: _Plan, /
 ) -> dict[str, Any]: ...
 def bench_ring_memory() -> int: ...

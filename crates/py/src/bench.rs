@@ -1,23 +1,22 @@
-//! The native loops of `isthmus bench`, as functions that take a descriptor and give a dict.
+//! The loops of `isthmus bench`: a descriptor and a plan go in, a dict comes out.
 
-use std::{
-    os::fd::{IntoRawFd, RawFd},
-    time::Duration,
-};
+use std::os::fd::{IntoRawFd, RawFd};
+use std::slice;
+use std::sync::Mutex;
+use std::time::Duration;
 
 use isthmus_bench::{self as bench, BenchError, Plan, Report, Transport};
 use isthmus_engine::connection::Connection as Inner;
 use isthmus_engine::lane::{with_dest, with_source};
 use isthmus_engine::{How, Wait};
-use pyo3::{
-    exceptions::{PyOSError, PyValueError},
-    prelude::*,
-    types::PyByteArray,
-};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
 
+use crate::buffer::Buffer;
 use crate::connection::Connection;
 
-fn to_python(error: BenchError) -> PyErr {
+/// A fault of the caller is a `ValueError`, one of the machine or the transport an `OSError`.
+fn fault(error: BenchError) -> PyErr {
     match error {
         BenchError::Transport { .. } | BenchError::Memory { .. } | BenchError::NoSuchCpu { .. } => {
             PyOSError::new_err(error.to_string())
@@ -26,7 +25,7 @@ fn to_python(error: BenchError) -> PyErr {
     }
 }
 
-/// [`Report`], as the dict that `isthmus.bench.native` names `Report`.
+/// [`Report`], as the dict that `isthmus.bench.native` calls the same.
 #[derive(IntoPyObject)]
 pub struct ReportDict {
     p50_us: Option<f64>,
@@ -45,63 +44,54 @@ impl From<Report> for ReportDict {
     }
 }
 
-/// What every loop is told, as keyword arguments.
+/// `PlanDict` of `isthmus.bench.native`: what both ends of a loop are told.
 #[derive(FromPyObject)]
-pub struct PlanArguments {
-    #[pyo3(item)]
+#[pyo3(from_item_all)]
+pub struct PlanDict {
     size: usize,
-    #[pyo3(item)]
     warmup_s: f64,
-    #[pyo3(item)]
     duration_s: f64,
-    #[pyo3(item)]
     gap_s: f64,
-    #[pyo3(item)]
     pages: String,
-    #[pyo3(item)]
     data: String,
 }
 
-fn seconds(value: f64) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(value).map_err(|error| PyValueError::new_err(format!("{value} s: {error}")))
+fn duration(seconds: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(seconds)
+        .map_err(|error| PyValueError::new_err(format!("{seconds} seconds: {error}")))
 }
 
-impl PlanArguments {
+impl PlanDict {
     fn plan(&self) -> PyResult<Plan> {
         Ok(Plan {
             size: self.size,
-            warmup: seconds(self.warmup_s)?,
-            duration: seconds(self.duration_s)?,
-            gap: seconds(self.gap_s)?,
-            pages: self.pages.parse().map_err(to_python)?,
-            data: self.data.parse().map_err(to_python)?,
+            warmup: duration(self.warmup_s)?,
+            duration: duration(self.duration_s)?,
+            gap: duration(self.gap_s)?,
+            pages: self.pages.parse().map_err(fault)?,
+            data: self.data.parse().map_err(fault)?,
         })
     }
 }
 
-/// Play `part` over any [`Transport`], without the GIL.
+/// Play `part` over any transport while other Python threads run.
 pub fn play<T: Transport + Send>(
     py: Python<'_>,
     transport: Result<T, BenchError>,
     part: &str,
-    plan: &PlanArguments,
+    plan: &PlanDict,
 ) -> PyResult<ReportDict> {
-    let mut transport = transport.map_err(to_python)?;
-    let part = part.parse().map_err(to_python)?;
+    let mut transport = transport.map_err(fault)?;
+    let part = part.parse().map_err(fault)?;
     let plan = plan.plan()?;
-    py.detach(|| bench::play(&mut transport, part, &plan)).map(ReportDict::from).map_err(to_python)
+    py.detach(|| bench::play(&mut transport, part, &plan)).map(ReportDict::from).map_err(fault)
 }
 
-/// Play `part` over a connected stream socket.
+/// Play `part` over a connected stream socket, which stays the caller's.
 #[pyfunction]
-pub fn bench_fd(
-    py: Python<'_>,
-    fd: RawFd,
-    wait: &str,
-    part: &str,
-    plan: PlanArguments,
-) -> PyResult<ReportDict> {
-    let wait = wait.parse().map_err(to_python)?;
+#[pyo3(signature = (fd, wait, part, plan, /))]
+pub fn bench_fd(py: Python<'_>, fd: RawFd, wait: &str, part: &str, plan: PlanDict) -> PyResult<ReportDict> {
+    let wait = wait.parse().map_err(fault)?;
     play(py, bench::FdStream::duplicate(fd, wait), part, &plan)
 }
 
@@ -110,8 +100,9 @@ fn open_ring(fd: RawFd, left: bool, wait: &str, streaming: bool) -> Result<bench
     Ok(bench::MappedRing::open_raw(fd, side, wait.parse()?)?.with_streaming_copies(streaming))
 }
 
-/// Play `part` over a ring that both sides can write.
+/// Play `part` over a ring that both sides can write; `streaming` copies out past the caches.
 #[pyfunction]
+#[pyo3(signature = (fd, left, streaming, wait, part, plan, /))]
 pub fn bench_ring(
     py: Python<'_>,
     fd: RawFd,
@@ -119,63 +110,80 @@ pub fn bench_ring(
     streaming: bool,
     wait: &str,
     part: &str,
-    plan: PlanArguments,
+    plan: PlanDict,
 ) -> PyResult<ReportDict> {
     play(py, open_ring(fd, left, wait, streaming), part, &plan)
 }
 
-/// A new memfd for a ring; the caller closes it.
+/// A new memfd for such a ring; the caller closes it.
 #[pyfunction]
 pub fn bench_ring_memory() -> PyResult<RawFd> {
-    Ok(bench::MappedRing::memory().map_err(to_python)?.into_raw_fd())
+    Ok(bench::MappedRing::memory().map_err(fault)?.into_raw_fd())
 }
 
 /// One end of a ring that both sides can write, for loops in Python.
-#[pyclass]
-pub struct BenchRing(bench::MappedRing);
+#[pyclass(frozen, module = "isthmus._native")]
+pub struct BenchRing(Mutex<bench::MappedRing>);
+
+impl BenchRing {
+    fn with(&self, run: impl FnOnce(&mut bench::MappedRing) -> std::io::Result<()>) -> PyResult<()> {
+        let mut ring = self.0.lock().map_err(|_| PyRuntimeError::new_err("this end of the ring broke"))?;
+        Ok(run(&mut ring)?)
+    }
+}
 
 #[pymethods]
 impl BenchRing {
     #[new]
+    #[pyo3(signature = (fd, left, wait, streaming, /))]
     fn new(fd: RawFd, left: bool, wait: &str, streaming: bool) -> PyResult<Self> {
-        Ok(Self(open_ring(fd, left, wait, streaming).map_err(to_python)?))
+        Ok(Self(Mutex::new(open_ring(fd, left, wait, streaming).map_err(fault)?)))
     }
 
-    fn send(&mut self, message: &Bound<'_, PyByteArray>) -> PyResult<()> {
-        // SAFETY: the GIL is held until the copy is done and nothing runs Python meanwhile; on a free-threaded build the
-        // caller must not resize the buffer from another thread, which the loops of `isthmus bench` do not.
-        Ok(self.0.send(unsafe { message.as_bytes() })?)
+    /// Send all of `message`.
+    #[pyo3(signature = (message, /))]
+    fn send(&self, message: &Bound<'_, PyAny>) -> PyResult<()> {
+        let buffer = Buffer::readable(message)?;
+        // SAFETY: the buffer protocol pins these bytes until `buffer` is dropped. Another Python thread could write
+        // them meanwhile, which the loops of `isthmus bench` do not.
+        self.with(|ring| ring.send(unsafe { slice::from_raw_parts(buffer.start(), buffer.len()) }))
     }
 
-    fn recv_into(&mut self, message: &Bound<'_, PyByteArray>) -> PyResult<()> {
-        // SAFETY: as in `send`; no other reference to the buffer exists in this call.
-        Ok(self.0.recv_exact(unsafe { message.as_bytes_mut() })?)
+    /// Fill all of `message`.
+    #[pyo3(signature = (message, /))]
+    fn recv_into(&self, message: &Bound<'_, PyAny>) -> PyResult<()> {
+        let buffer = Buffer::writable(message)?;
+        // SAFETY: as in `send`; the buffer is writable.
+        self.with(|ring| ring.recv_exact(unsafe { slice::from_raw_parts_mut(buffer.start(), buffer.len()) }))
     }
 }
 
-/// Connect to `address` (`ip:port` or a path) again and again.
+/// Connect to `ip:port` or a path again and again.
 #[pyfunction]
+#[pyo3(signature = (address, warmup_s, duration_s, /))]
 pub fn bench_connect_client(
     py: Python<'_>,
     address: &str,
     warmup_s: f64,
     duration_s: f64,
 ) -> PyResult<ReportDict> {
-    let address = address.parse().map_err(to_python)?;
-    let (warmup, duration) = (seconds(warmup_s)?, seconds(duration_s)?);
-    let found = py.detach(|| bench::connect_client(&address, warmup, duration)).map_err(to_python)?;
+    let address = address.parse().map_err(fault)?;
+    let (warmup, time) = (duration(warmup_s)?, duration(duration_s)?);
+    let found = py.detach(|| bench::connect_client(&address, warmup, time)).map_err(fault)?;
     Ok(Report::from(found).into())
 }
 
-/// Accept from a listening socket until the client is done.
+/// Accept from a listening socket, which stays the caller's, until the client is done.
 #[pyfunction]
+#[pyo3(signature = (listener, /))]
 pub fn bench_connect_server(py: Python<'_>, listener: RawFd) -> PyResult<ReportDict> {
-    let found = py.detach(|| bench::connect_server(listener)).map_err(to_python)?;
+    let found = py.detach(|| bench::connect_server(listener)).map_err(fault)?;
     Ok(Report::from(found).into())
 }
 
-/// Copy in one thread: `copy` is `libc`, `string` or `streaming`.
+/// Copy with one thread; `copy` is `libc`, `string` or `streaming`.
 #[pyfunction]
+#[pyo3(signature = (size, duration_s, pages, data, copy, /))]
 pub fn bench_memcpy(
     py: Python<'_>,
     size: usize,
@@ -184,22 +192,22 @@ pub fn bench_memcpy(
     data: &str,
     copy: &str,
 ) -> PyResult<ReportDict> {
-    let (pages, data) = (pages.parse().map_err(to_python)?, data.parse().map_err(to_python)?);
-    let (copy, duration) = (copy.parse().map_err(to_python)?, seconds(duration_s)?);
-    let found = py.detach(|| bench::memcpy(size, duration, pages, data, copy)).map_err(to_python)?;
+    let (pages, data) = (pages.parse().map_err(fault)?, data.parse().map_err(fault)?);
+    let (copy, time) = (copy.parse().map_err(fault)?, duration(duration_s)?);
+    let found = py.detach(|| bench::memcpy(size, time, pages, data, copy)).map_err(fault)?;
     Ok(Report::from(found).into())
 }
 
-/// Pass a cache line back and forth between two threads, pinned to `cpus` when given.
+/// Pass a cache line back and forth between two threads, on the processors `cpus` when given.
 #[pyfunction]
-#[pyo3(signature = (duration_s, cpus=None))]
+#[pyo3(signature = (duration_s, cpus, /))]
 pub fn bench_cacheline(
     py: Python<'_>,
     duration_s: f64,
     cpus: Option<(usize, usize)>,
 ) -> PyResult<ReportDict> {
-    let duration = seconds(duration_s)?;
-    let found = py.detach(|| bench::cacheline(cpus, duration)).map_err(to_python)?;
+    let time = duration(duration_s)?;
+    let found = py.detach(|| bench::cacheline(cpus, time)).map_err(fault)?;
     Ok(Report::from(found).into())
 }
 
@@ -235,7 +243,7 @@ pub fn bench_connection(
     connection: &Connection,
     wait: &str,
     part: &str,
-    plan: PlanArguments,
+    plan: PlanDict,
 ) -> PyResult<ReportDict> {
     let wait = match wait {
         "spin" => Wait::Spin,

@@ -103,7 +103,7 @@ impl<S: Store, V: View> Tx<S, V> {
         self.view.half(RECEIVE_STATE)
     }
 
-    /// Payload bytes and messages sent so far.
+    /// Payload bytes and messages (for streams: records) sent so far.
     #[must_use]
     pub fn totals(&self) -> (u64, u64) {
         (self.bytes, self.messages)
@@ -130,11 +130,11 @@ impl<S: Store, V: View> Tx<S, V> {
             let len = source.left().min(CHUNK).min(payload_in(room, self.store.trailer()));
             self.put(Kind::Stream, len, source)?;
             self.bytes += len as u64;
+            self.messages += 1;
             ring = self.look_for_sleeper(ring);
         }
         let written = asked - source.left();
         if written > 0 {
-            self.messages += 1;
             self.note();
         }
         if source.left() > 0 {

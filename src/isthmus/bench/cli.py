@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,30 @@ def _add(name: str, benches: tuple[str, ...], summary: str) -> None:
         _run(benches, **asked)
 
     bench_group.add_command(click.command(name, help=summary)(command))
+
+
+@bench_group.command("idle")
+@click.option("--connections", type=click.IntRange(1, 100_000), default=1000, show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(0.1, 600), default=10.0, show_default=True, help="Of silence."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def idle(connections: int, seconds: float, as_json: bool) -> None:
+    """Memory and CPU of connections that nobody uses."""
+    from isthmus.bench.idle import measure as measure_idle
+
+    found = measure_idle(connections, seconds)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        click.echo(
+            f"{found['connections']} idle connections: {found['memory_mib']} MiB in all "
+            f"({', '.join(f'{k} {v}' for k, v in found['memory_by_party_mib'].items())}), "
+            f"{found['cpu_s'] * 1e3:.1f} ms of CPU in {found['silence_s']:g} s; "
+            f"{'all' if found['alive'] else 'NOT all'} still alive"
+        )
+    if not found["alive"]:
+        raise click.ClickException("some connections did not carry a byte afterwards")
 
 
 _add("pingpong", ("pingpong",), "One-way latency: half a round trip, median and 99th percentile.")

@@ -6,6 +6,7 @@ one for a particular partner shadows one for anybody, as V4V's rings do.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,7 @@ class Domain:
         "origin",
         "peers",
         "pending",
+        "pending_by_peer",
         "refilled_at",
         "refusals",
         "throttled",
@@ -129,6 +131,8 @@ class Domain:
         self.lanes = 0
         self.memory = 0
         self.pending = 0
+        #: Of those, with each other domain, by its number.
+        self.pending_by_peer: Counter[int] = Counter()
         #: Connections with each other domain, by its number.
         self.peers: dict[int, int] = {}
         self.undertaker = Undertaker()
@@ -178,6 +182,13 @@ class Domain:
             traffic = self.traffic[path] = Traffic()
         return traffic
 
+    def wait_for(self, peer: Domain, more: int) -> None:
+        """`more` connections with `peer` (or fewer, if negative) wait for an answer."""
+        self.pending += more
+        self.pending_by_peer[peer.number] += more
+        if not self.pending_by_peer[peer.number]:
+            del self.pending_by_peer[peer.number]
+
     def over(self, peer: Domain, memory: int) -> str | None:
         """Which limit one more connection would pass, in words, or None."""
         limits = self.limits
@@ -187,6 +198,7 @@ class Domain:
             ("lanes", self.lanes, 2, limits.lanes),
             ("memory", self.memory, memory, limits.memory),
             ("pending", self.pending, 1, limits.pending),
+            ("pending_per_peer", self.pending_by_peer[peer.number], 1, limits.pending_per_peer),
         ):
             if used + more > most:
                 return f"{name}: domain {self.name} may hold {most}"

@@ -156,8 +156,8 @@ class Introductions:
             source.chosen.add(opener.port)
         accepter.hold(0)
         accepter.belong_to(listener)
-        source.pending += 1
-        destination.pending += 1
+        source.wait_for(destination, 1)
+        destination.wait_for(source, 1)
         deadline = self._broker.loop.time() + ANSWER_S
         connection.pending = Pending(request, binding, ours.detach(), secret, small, large, deadline)
         binding.waiting.add(connection)
@@ -339,8 +339,9 @@ class Introductions:
             connection.pending = None
             os.close(pending.bell)
             pending.binding.waiting.discard(connection)
-            connection.opener.domain.pending -= 1
-            connection.accepter.domain.pending -= 1
+            opener, accepter = connection.opener.domain, connection.accepter.domain
+            opener.wait_for(accepter, -1)
+            accepter.wait_for(opener, -1)
 
     def end_pending(self, connection: Connection) -> None:
         """Nothing comes of a pending connection. If its listener answers yet, it is told by `cut`."""

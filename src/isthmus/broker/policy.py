@@ -70,6 +70,7 @@ class Limits:
     control_messages_per_second: int = 20_000
     control_messages_burst: int = 2_000
     pending: int = 512
+    pending_per_peer: int = 256
 
 
 #: Fields that may be written with a unit, and the largest value of each field that has one.
@@ -78,6 +79,7 @@ _LARGEST = {
     "ring": PORT_MAX,
     "attachments": 65_536,
     "pending": 65_536,
+    "pending_per_peer": 65_536,
     "ports": 1 << 20,
     "connections": 1 << 20,
 }

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from isthmus.bench import loops, native
-from isthmus.bench.cases import Case
 from isthmus.bench.native import Report
 from isthmus.bench.transports import Job, Transport
 from isthmus.bench.worker import Control
@@ -33,12 +32,6 @@ class TRANSPORT(Transport):
     def missing(self) -> str | None:
         """The ring itself is native, whoever plays over it."""
         return native.missing()
-
-    def refuses(self, case: Case) -> str | None:
-        """The interface for Python takes bytearrays, and those are on ordinary pages."""
-        if case.client == "python" and case.pages != "4k":
-            return "its Python client has its buffers on ordinary pages only"
-        return super().refuses(case)
 
     def server(self, job: Job, control: Control) -> Report:
         """Make the memory and hand it over."""
