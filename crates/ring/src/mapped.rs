@@ -192,7 +192,7 @@ impl View for Mapped {
     fn copy_out(&self, at: usize, len: usize, dest: &mut Dest<'_>) {
         let mut from = self.region.at(at, len).cast_const();
         let mut heat = self.heat.borrow_mut();
-        dest.fill(len, |to, piece| {
+        dest.take(len, |to, piece| {
             let cold = heat.cold(to, piece);
             // SAFETY: the pieces add up to `len`, which was checked to lie in the region; the
             // destination is the caller's and not part of a lane.

@@ -5,30 +5,55 @@
 //! hold any mixture of old and new bytes, which is what the writer asked for, and nothing else is
 //! affected.
 
-use std::marker::PhantomData;
+/// A pointer to bytes.
+pub trait Pointer: Copy {
+    /// # Safety
+    /// As for `<*const u8>::add`.
+    #[must_use]
+    unsafe fn add(self, bytes: usize) -> Self;
+}
 
-/// Bytes to be sent, taken from the front.
-pub struct Source<'a> {
-    parts: &'a [(*const u8, usize)],
+impl Pointer for *const u8 {
+    unsafe fn add(self, bytes: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { self.add(bytes) }
+    }
+}
+
+impl Pointer for *mut u8 {
+    unsafe fn add(self, bytes: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { self.add(bytes) }
+    }
+}
+
+/// Buffers that are used up from the front.
+pub struct Parts<'a, P> {
+    parts: &'a [(P, usize)],
     /// Bytes of `parts[0]` that were taken.
     skip: usize,
     left: usize,
-    borrowed: PhantomData<&'a [u8]>,
 }
 
-impl<'a> Source<'a> {
+/// Bytes to be sent.
+pub type Source<'a> = Parts<'a, *const u8>;
+/// Room for received bytes.
+pub type Dest<'a> = Parts<'a, *mut u8>;
+
+impl<'a, P: Pointer> Parts<'a, P> {
     /// # Safety
-    /// Every part must be readable for `'a`. Other threads may write it meanwhile.
+    /// For `'a` every part of a [`Source`] must be readable; every part of a [`Dest`] must be
+    /// writable and overlap no other. Other threads may touch them meanwhile.
     #[must_use]
-    pub unsafe fn new(parts: &'a [(*const u8, usize)]) -> Self {
+    pub unsafe fn new(parts: &'a [(P, usize)]) -> Self {
         let left = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.1));
-        Self { parts, skip: 0, left, borrowed: PhantomData }
+        Self { parts, skip: 0, left }
     }
 
-    /// Nothing to send.
+    /// Nothing to send, no room.
     #[must_use]
     pub fn empty() -> Self {
-        Self { parts: &[], skip: 0, left: 0, borrowed: PhantomData }
+        Self { parts: &[], skip: 0, left: 0 }
     }
 
     /// Bytes not taken yet.
@@ -41,7 +66,7 @@ impl<'a> Source<'a> {
     ///
     /// # Panics
     /// Fewer than `len` bytes are left.
-    pub fn take(&mut self, len: usize, mut each: impl FnMut(*const u8, usize)) {
+    pub fn take(&mut self, len: usize, mut each: impl FnMut(P, usize)) {
         assert!(len <= self.left, "taking {len} of {} bytes", self.left);
         self.left -= len;
         let mut len = len;
@@ -49,56 +74,7 @@ impl<'a> Source<'a> {
             let (start, size) = self.parts[0];
             let piece = (size - self.skip).min(len);
             if piece > 0 {
-                // SAFETY: `skip + piece <= size`, so the piece lies in a part that is readable.
-                each(unsafe { start.add(self.skip) }, piece);
-            }
-            len -= piece;
-            self.skip += piece;
-            if self.skip == size {
-                self.parts = &self.parts[1..];
-                self.skip = 0;
-            }
-        }
-    }
-}
-
-/// Room for received bytes, filled from the front.
-pub struct Dest<'a> {
-    parts: &'a [(*mut u8, usize)],
-    skip: usize,
-    left: usize,
-    borrowed: PhantomData<&'a mut [u8]>,
-}
-
-impl<'a> Dest<'a> {
-    /// # Safety
-    /// Every part must be writable for `'a` and overlap no other. Other threads may touch it
-    /// meanwhile.
-    #[must_use]
-    pub unsafe fn new(parts: &'a [(*mut u8, usize)]) -> Self {
-        let left = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.1));
-        Self { parts, skip: 0, left, borrowed: PhantomData }
-    }
-
-    /// Bytes of room.
-    #[must_use]
-    pub fn left(&self) -> usize {
-        self.left
-    }
-
-    /// Show room for the next `len` bytes piece by piece and take it.
-    ///
-    /// # Panics
-    /// There is room for fewer than `len` bytes.
-    pub fn fill(&mut self, len: usize, mut each: impl FnMut(*mut u8, usize)) {
-        assert!(len <= self.left, "filling {len} of {} bytes", self.left);
-        self.left -= len;
-        let mut len = len;
-        while len > 0 {
-            let (start, size) = self.parts[0];
-            let piece = (size - self.skip).min(len);
-            if piece > 0 {
-                // SAFETY: `skip + piece <= size`, so the piece lies in a part that is writable.
+                // SAFETY: `skip + piece <= size`, so the piece lies in the part.
                 each(unsafe { start.add(self.skip) }, piece);
             }
             len -= piece;

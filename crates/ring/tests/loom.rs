@@ -177,7 +177,7 @@ impl View for End {
     fn copy_out(&self, at: usize, len: usize, dest: &mut Dest<'_>) {
         // SAFETY: loom reports whoever writes this meanwhile.
         let byte = self.memory.payloads[&at].with(|cell| unsafe { cell.read() });
-        dest.fill(len, |to, piece| {
+        dest.take(len, |to, piece| {
             // SAFETY: the destination is writable for the whole piece.
             unsafe { to.write_bytes(byte, piece) };
         });

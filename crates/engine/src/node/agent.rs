@@ -1,0 +1,255 @@
+//! The attachment's thread: answers, connections that come in, cuts, relayed bells, and attaching
+//! again when the broker went away.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use isthmus_sys::packet;
+use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
+
+use super::{Answer, Identity, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
+use crate::connection::Info;
+use crate::error::{Error, Result};
+use crate::lane::Offer;
+use crate::lock;
+
+/// First and longest pause between attempts to reach a broker that went away.
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+const RETRY_MOST: Duration = Duration::from_secs(1);
+
+impl Node {
+    pub(super) fn run(self: Arc<Self>) {
+        let mut events = Vec::new();
+        while !self.stopping.load(Ordering::Acquire) {
+            events.clear();
+            if self.set.wait(None, &mut events).is_err() {
+                continue;
+            }
+            for (token, ready) in &events {
+                match *token {
+                    TOKEN_WAKE => self.wake.lower(),
+                    TOKEN_CONTROL => {
+                        if !self.read_control() {
+                            self.attach_again();
+                        }
+                    }
+                    id => {
+                        let member = lock(&self.connections).get(&id).and_then(Weak::upgrade);
+                        if let Some(connection) = member {
+                            connection.heard();
+                            if ready.hung_up || connection.peer_gone() {
+                                let _ = self.set.remove(connection.bell().as_fd());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        self.lose_control();
+    }
+
+    /// Handle one packet; `false` if the broker is gone.
+    fn read_control(self: &Arc<Self>) -> bool {
+        let Ok(control) = self.control() else { return false };
+        let mut buffer = [0; MESSAGE_MAX];
+        match packet::receive(control.as_fd(), &mut buffer) {
+            Ok((0, _)) => false,
+            Ok((len, descriptors)) => {
+                self.dispatch(&buffer[..len], descriptors);
+                true
+            }
+            Err(error) => error.kind() == std::io::ErrorKind::Interrupted,
+        }
+    }
+
+    fn dispatch(self: &Arc<Self>, packet: &[u8], descriptors: Vec<OwnedFd>) {
+        let Ok((request, message)) = control::decode(packet) else { return };
+        match message {
+            Message::Incoming { connection, .. } => {
+                if let Err(refusal) = self.incoming(&message, descriptors) {
+                    let _ = self.tell(0, &Message::Refuse { connection, refusal }, &[]);
+                }
+            }
+            Message::Cut { connection, text, .. } => {
+                let member = lock(&self.connections).remove(&connection);
+                if let Some(connection) = member.and_then(|member| member.upgrade()) {
+                    connection.cut(text);
+                    connection.heard();
+                    // Its bell stays at its end: it would be ready for ever.
+                    let _ = self.set.remove(connection.bell().as_fd());
+                }
+            }
+            _ => {
+                let then = lock(&self.slots).remove(&request);
+                if let Some(then) = then {
+                    then(Ok(Answer { packet: packet.to_vec(), descriptors }));
+                }
+            }
+        }
+    }
+
+    fn incoming(
+        self: &Arc<Self>,
+        message: &Message<'_>,
+        descriptors: Vec<OwnedFd>,
+    ) -> std::result::Result<(), Refusal> {
+        let Message::Incoming {
+            connection,
+            secret,
+            from,
+            from_name,
+            from_port,
+            port,
+            partner,
+            kind,
+            carrier,
+            small,
+            large,
+            why,
+            ticket,
+        } = *message
+        else {
+            return Err(Refusal::BadRequest);
+        };
+        let acceptor = lock(&self.acceptors).get(&(port, partner)).and_then(Weak::upgrade);
+        let acceptor = acceptor.ok_or(Refusal::NobodyListens)?;
+        acceptor.room()?;
+        let terms = acceptor.terms();
+        let info = Info {
+            id: connection,
+            kind,
+            carrier,
+            port,
+            peer: from,
+            peer_name: from_name.to_owned(),
+            peer_port: from_port,
+            why: why.to_owned(),
+            opener: false,
+            ticket,
+            small: terms.small,
+            large: terms.large,
+            theirs: (small, large),
+        };
+        let offer = Offer::new(carrier, terms.small, terms.large).map_err(|_| Refusal::LimitReached)?;
+        let joined = self.join(&offer, info, descriptors, (small, large), secret);
+        let joined = joined.map_err(|_| Refusal::BadRequest)?;
+        let accept = Message::Accept { connection, small: terms.small, large: terms.large };
+        if self.tell(0, &accept, &offer.descriptors()).is_ok() {
+            acceptor.incoming(joined);
+        }
+        Ok(())
+    }
+
+    fn lose_control(&self) {
+        if let Some(control) = lock(&self.control).take() {
+            let _ = self.set.remove(control.as_fd());
+        }
+        let slots: Vec<_> = lock(&self.slots).drain().collect();
+        for (_, then) in slots {
+            then(Err(Error::BrokerLost));
+        }
+    }
+
+    /// The broker went away: wait for the next one and show it what we hold.
+    fn attach_again(self: &Arc<Self>) {
+        self.lose_control();
+        let mut pause = RETRY_FIRST;
+        while !self.stopping.load(Ordering::Acquire) {
+            if let Ok((control, identity)) = greet(&self.door, &self.program) {
+                let control = Arc::new(control);
+                if self.show_what_we_hold(&control, &identity).is_ok()
+                    && self.set.add(control.as_fd(), TOKEN_CONTROL).is_ok()
+                {
+                    *lock(&self.identity) = identity;
+                    *lock(&self.control) = Some(control);
+                    return;
+                }
+            }
+            let mut events = Vec::new();
+            let until = Instant::now() + pause;
+            // Bells must be relayed meanwhile.
+            while let Some(left) = until.checked_duration_since(Instant::now()) {
+                events.clear();
+                let _ = self.set.wait(Some(left), &mut events);
+                for (token, ready) in &events {
+                    let member = lock(&self.connections).get(token).and_then(Weak::upgrade);
+                    if let Some(connection) = member {
+                        connection.heard();
+                        if ready.hung_up {
+                            let _ = self.set.remove(connection.bell().as_fd());
+                        }
+                    }
+                }
+                if events.iter().any(|(token, _)| *token == TOKEN_WAKE) {
+                    break;
+                }
+            }
+            pause = (pause * 2).min(RETRY_MOST);
+        }
+    }
+
+    fn show_what_we_hold(self: &Arc<Self>, control: &Arc<OwnedFd>, identity: &Identity) -> Result<()> {
+        let acceptors: Vec<_> =
+            lock(&self.acceptors).iter().filter_map(|(key, a)| Some((*key, a.upgrade()?.terms()))).collect();
+        for ((port, partner), terms) in acceptors {
+            let bind = Message::Bind { port, kind: terms.kind, partner, backlog: terms.backlog };
+            // A refused lease stays refused: the rules may have changed. Connects simply stop.
+            self.exchange(control, &bind, &[])?;
+        }
+        let held: Vec<_> = lock(&self.connections).values().filter_map(Weak::upgrade).collect();
+        for connection in held {
+            let Info { id, kind, carrier, port, peer, peer_port, opener, ticket, small, large, .. } =
+                connection.info;
+            let resume = Message::Resume {
+                connection: id,
+                peer,
+                peer_port,
+                port,
+                kind,
+                carrier,
+                small,
+                large,
+                opener: u8::from(opener),
+                ticket,
+            };
+            let answer = self.exchange(control, &resume, &[connection.counters_fd()])?;
+            if let Message::Refused { text, .. } = decode_any(&answer)? {
+                lock(&self.connections).remove(&id);
+                connection.cut(text);
+            }
+        }
+        let _ = identity;
+        Ok(())
+    }
+
+    /// Ask on a control socket that nobody else reads yet; what else arrives is handled.
+    fn exchange(
+        self: &Arc<Self>,
+        control: &Arc<OwnedFd>,
+        message: &Message<'_>,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Vec<u8>> {
+        let asked = self.next_request.fetch_add(1, Ordering::Relaxed).max(1);
+        send(control, asked, message, descriptors)?;
+        let mut buffer = [0; MESSAGE_MAX];
+        loop {
+            let (len, descriptors) = packet::receive(control.as_fd(), &mut buffer)
+                .map_err(Error::os("reading from the broker"))?;
+            if len == 0 {
+                return Err(Error::BrokerLost);
+            }
+            match control::decode(&buffer[..len]) {
+                Ok((request, _)) if request == asked => return Ok(buffer[..len].to_vec()),
+                Ok((_, Message::Incoming { connection, .. })) => {
+                    // Not ready yet: the opener is told to try again.
+                    drop(descriptors);
+                    let refuse = Message::Refuse { connection, refusal: Refusal::BacklogFull };
+                    send(control, 0, &refuse, &[])?;
+                }
+                _ => self.dispatch(&buffer[..len], descriptors),
+            }
+        }
+    }
+}
