@@ -43,6 +43,8 @@ def command(door: str, arguments: Sequence[str], environment: Mapping[str, str] 
 
 def _prefix(door: Path, environment: Mapping[str, str]) -> list[str]:
     words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    # First, because what is bound below may lie in one of these.
+    words += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/run"]
     seen: set[str] = set()
     for path in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", *_python()):
         if path not in seen and os.path.exists(path):
@@ -50,7 +52,6 @@ def _prefix(door: Path, environment: Mapping[str, str]) -> list[str]:
             words += (
                 ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
             )
-    words += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/run"]
     if door != Path("/"):
         words += ["--bind", str(door), DOOR]
     words += ["--chdir", "/tmp", "--setenv", "PATH", os.environ.get("PATH", "/usr/bin:/bin")]
