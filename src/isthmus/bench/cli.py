@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from isthmus.bench import transports
+from isthmus.bench import machine, transports
 from isthmus.bench.cases import BENCHES, CLIENTS, WAITS, Settings, parse_sizes
 from isthmus.bench.plots import write_plots
 from isthmus.bench.records import Record, records_as_json
@@ -77,6 +78,11 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--repeat", type=click.IntRange(1, 100), metavar="N", help="Runs of each case."),
         click.option("--quick", is_flag=True, help="End within 40 s, with fewer cases and shorter runs."),
         click.option(
+            "--huge-shmem",
+            is_flag=True,
+            help="Set shmem_enabled to advise meanwhile (root), which strict paths need for their best.",
+        ),
+        click.option(
             "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write plots and records here."
         ),
         click.option(
@@ -96,16 +102,20 @@ def bench_group() -> None:
 def _run(benches: tuple[str, ...], out: Path | None, as_json: bool, **asked: Any) -> None:
     started = time.monotonic()
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    pinned = asked.pop("pinned")
+    pinned, huge_shmem = asked.pop("pinned"), asked.pop("huge_shmem")
     names = asked["transports"] or tuple(transports.NAMES)
     settings = Settings(pinned=() if pinned is None else (pinned,), **asked)
-    records = measure(
-        benches,
-        settings,
-        [transports.load(name) for name in names],
-        tell=lambda line: notes.print(line, style="dim", markup=False),
-        deadline=started + QUICK_S if settings.quick else None,
-    )
+    try:
+        with machine.huge_shared_memory() if huge_shmem else nullcontext():
+            records = measure(
+                benches,
+                settings,
+                [transports.load(name) for name in names],
+                tell=lambda line: notes.print(line, style="dim", markup=False),
+                deadline=started + QUICK_S if settings.quick else None,
+            )
+    except PermissionError as error:
+        raise click.ClickException(f"--huge-shmem: {error.filename}: only root may change it") from None
     if as_json:
         click.echo(records_as_json(records))
     else:

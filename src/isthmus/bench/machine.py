@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONGESTION_CONTROL", "busy_seconds", "cpu_count", "cpu_seconds", "describe", "pick_cpus"]
+__all__ = ["CONGESTION_CONTROL", "busy_seconds", "cpu_count", "cpu_seconds", "describe", "huge_shared_memory"]
+__all__ += ["pick_cpus"]
 
 #: What every TCP baseline sets on its sockets. Under bbr the same machine is three times slower over a
 #: bridge, which would flatter everything it is compared with.
@@ -114,3 +116,21 @@ def _chosen(path: Path) -> str | None:
     """Return the word in brackets, as `[never]` in ``always [never]``."""
     text = _read(path) or ""
     return text.partition("[")[2].partition("]")[0] or None
+
+
+@contextlib.contextmanager
+def huge_shared_memory() -> Iterator[None]:
+    """Let shared memory have huge pages where it is asked for, as an operator of strict domains would.
+
+    Raises
+    ------
+    PermissionError
+        Only root may.
+    """
+    setting = _THP / "shmem_enabled"
+    before = _chosen(setting)
+    setting.write_text("advise")
+    try:
+        yield
+    finally:
+        setting.write_text(before or "never")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import resource
 import signal
@@ -236,4 +237,7 @@ def _raise_descriptor_limit() -> None:
 
 def run(service: Service) -> None:
     """Run a service until it is told to stop."""
+    # A message leaves no cycles behind; looking for them at the usual rate took a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
     asyncio.run(service.run())
