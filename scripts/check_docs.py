@@ -10,7 +10,7 @@ A block runs when its fence says ``python`` or ``sh``::
     ```sh no-run           is only shown
 
 Around each page there is a broker of its own with the domains `web` and `client`, on the policy file
-``policy.toml`` in the page's directory, which is empty at first. The ``sh`` blocks are its operator's:
+``policy.toml`` in the page's directory, which is empty at first, and with its doors under ``doors``. The ``sh`` blocks are its operator's:
 ``ISTHMUS_DIR`` is set. The ``python`` blocks are a program of the domain `web`: so is ``ISTHMUS_DOOR``.
 
 The blocks of one page run top to bottom, in a process of their own, in an empty directory that is removed
@@ -84,6 +84,7 @@ def environment(directory: Path) -> Iterator[dict[str, str]]:
     """
     with PrivateBroker(DOMAINS, policy="") as broker:
         (directory / "policy.toml").symlink_to(broker.policy_file)
+        (directory / "doors").symlink_to(broker.directory / "doors")
         variables = {name: value for name, value in os.environ.items() if not name.startswith("ISTHMUS_")}
         variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
         variables["ISTHMUS_DIR"] = str(broker.directory)
