@@ -726,6 +726,24 @@ def test_a_socket_that_is_forgotten_says_so_and_closes(domains: Domains) -> None
     other.close()
 
 
+def test_a_closed_socket_holds_nothing_even_if_it_is_remembered(domains: Domains) -> None:
+    remembered = []
+    with domains.server() as server, server.dup():
+        pass
+    before = descriptors()
+    for type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        for sock in domains.pair(type):
+            sock.fileno()
+            sock.close()
+            remembered.append(sock)
+    for name in "ab":
+        with datagram(domains, name) as sock:
+            sock.fileno()
+            remembered.append(sock)
+    becomes(lambda: descriptors() <= before, f"{descriptors() - before} descriptors are held")
+    assert all("closed" in repr(sock) for sock in remembered)
+
+
 def test_short_connections_leave_nothing(domains: Domains) -> None:
     _short_connections(domains, 250)
 

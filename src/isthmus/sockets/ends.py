@@ -234,6 +234,8 @@ class Lanes(End):
 
     def accept(self, timeout: float | None) -> _native.Connection:
         listener = self._listener
+        if self._closed:
+            raise errors.Closed(errno.EBADF, "this socket was closed")
         if listener is None or not self._listening:
             raise errors.WrongState(errno.EINVAL, "accept: this socket does not listen; call listen() first")
         while True:
@@ -390,7 +392,8 @@ class Lanes(End):
     ) -> tuple[int, int, Address]:
         connection = self._connected(timeout)
         stored, whole = connection.recvmsg_into(into, timeout, peek)
-        return stored, whole, self.peer()
+        _, name, port = connection.peer
+        return stored, whole, (name, port)
 
     # The rest.
 
@@ -411,6 +414,8 @@ class Lanes(End):
 
     def fileno(self) -> int:
         with self.lock:
+            if self._closed:
+                return -1
             if self._pollable is not None and not self._listening:
                 return self._pollable.fileno()
             if self._connection is not None:
@@ -432,6 +437,8 @@ class Lanes(End):
         with self.lock:
             self._closed = True
             listener, connection = self._listener, self._connection
+            # A socket that is closed and still known to somebody holds no memory and no descriptors.
+            self._listener = self._connection = self._pollable = None
         if listener is not None:
             listener.close()
         if connection is not None:
@@ -551,6 +558,7 @@ class Datagrams(End):
         with self.lock:
             self._closed = True
             native = self._native
+            self._native = self._lane = None
         if native is not None:
             native.close()
 
