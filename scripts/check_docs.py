@@ -9,9 +9,10 @@ A block runs when its fence says ``python`` or ``sh``::
     ```sh containers       runs; the page is skipped, with the reason, where bubblewrap can make no containers
     ```sh no-run           is only shown
 
-Around each page there is a broker of its own with the domains `web` and `client`, on the policy file
-``policy.toml`` in the page's directory, which is empty at first, and with its doors under ``doors``. The ``sh`` blocks are its operator's:
-``ISTHMUS_DIR`` is set. The ``python`` blocks are a program of the domain `web`: so is ``ISTHMUS_DOOR``.
+Around each page there is a broker of its own with the domains `web` and `client`. The page's directory shows
+its policy file as ``policy.toml``, empty at first, and its doors in ``doors``. The ``sh`` blocks are its
+operator's: ``ISTHMUS_DIR`` is set. The ``python`` blocks are a program of the domain `web`: so is
+``ISTHMUS_DOOR``.
 
 The blocks of one page run top to bottom, in a process of their own, in an empty directory that is removed
 afterwards. They may leave nothing running. The first block that fails ends the page, and a Python traceback

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import check_docs
 import pytest
+
+from isthmus import errors
+from isthmus.broker.policy import Limits
+from isthmus.cli.app import COMMANDS
+
+#: A page's headings as GitHub names them: small letters, no punctuation, hyphens for spaces.
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+LINKED = [*check_docs.pages(), *(check_docs.ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))]
 
 
 @pytest.mark.parametrize("page", check_docs.pages(), ids=lambda page: str(page.relative_to(check_docs.ROOT)))
@@ -14,6 +25,37 @@ def test_the_code_on_this_page_runs(page: Path) -> None:
         check_docs.run_page(page)
     except check_docs.PageSkipped as skipped:
         pytest.skip(str(skipped))
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(check_docs.ROOT)))
+def test_every_link_of_this_page_leads_somewhere(page: Path) -> None:
+    for path, heading in LINK.findall(
+        re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    ):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if heading:
+            headings = [
+                re.sub(r"[^\w\- ]", "", found).strip() for found in HEADING.findall(target.read_text())
+            ]
+            assert heading in [found.lower().replace(" ", "-") for found in headings], f"{path}#{heading}"
+
+
+def test_the_page_of_errors_has_every_class_and_no_other() -> None:
+    page = (check_docs.ROOT / "docs/reference/errors.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(errors.__all__)
+
+
+def test_the_page_of_limits_has_every_limit_of_the_policy() -> None:
+    page = (check_docs.ROOT / "docs/reference/limits.md").read_text()
+    listed = page.partition("## That the operator sets")[2].partition("\n## ")[0]
+    names = {field.name for field in dataclasses.fields(Limits)}
+    assert set(re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE)) == names
+
+
+def test_the_page_of_the_command_line_has_every_command() -> None:
+    page = (check_docs.ROOT / "docs/reference/cli.md").read_text()
+    assert re.findall(r"^## isthmus (\w+)$", page, re.MULTILINE) == list(COMMANDS)
 
 
 def write_page(directory: Path, text: str) -> Path:
