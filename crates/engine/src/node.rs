@@ -429,7 +429,8 @@ impl Node {
         let id = connection.info.id;
         let _ = self.set.remove(connection.bell().as_fd());
         if lock(&self.connections).remove(&id).is_some() {
-            // Without a broker nobody needs to know; the next one is not told of it at all.
+            // Without a broker nobody needs to know: the next one is not told of it, or told that
+            // it is over.
             let _ = self.tell(0, &Message::Close { connection: id }, &[]);
         }
     }

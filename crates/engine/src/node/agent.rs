@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use isthmus_sys::packet;
 use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 
-use super::{Answer, Identity, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
+use super::{Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
 use crate::connection::Info;
 use crate::error::{Error, Result};
 use crate::lane::Offer;
@@ -18,6 +18,12 @@ use crate::lock;
 /// First and longest pause between attempts to reach a broker that went away.
 const RETRY_FIRST: Duration = Duration::from_millis(20);
 const RETRY_MOST: Duration = Duration::from_secs(1);
+
+/// What the next broker was shown: leased ports with their partners, and connections.
+struct Shown {
+    ports: Vec<(u32, u32)>,
+    connections: Vec<u64>,
+}
 
 impl Node {
     pub(super) fn run(self: Arc<Self>) {
@@ -85,6 +91,9 @@ impl Node {
                 let then = lock(&self.slots).remove(&request);
                 if let Some(then) = then {
                     then(Ok(Answer { packet: packet.to_vec(), descriptors }));
+                } else if let Message::Connected { connection, .. } = message {
+                    // Whoever asked was told that the broker is lost, and the next one was asked.
+                    let _ = self.tell(0, &Message::Close { connection }, &[]);
                 }
             }
         }
@@ -159,12 +168,13 @@ impl Node {
         while !self.stopping.load(Ordering::Acquire) {
             if let Ok((control, identity)) = greet(&self.door, &self.program) {
                 let control = Arc::new(control);
-                if self.show_what_we_hold(&control, &identity).is_ok()
-                    && self.set.add(control.as_fd(), TOKEN_CONTROL).is_ok()
-                {
-                    *lock(&self.identity) = identity;
-                    *lock(&self.control) = Some(control);
-                    return;
+                if let Ok(shown) = self.show_what_we_hold(&control) {
+                    if self.set.add(control.as_fd(), TOKEN_CONTROL).is_ok() {
+                        *lock(&self.identity) = identity;
+                        *lock(&self.control) = Some(control);
+                        self.take_back(&shown);
+                        return;
+                    }
                 }
             }
             let mut events = Vec::new();
@@ -190,10 +200,12 @@ impl Node {
         }
     }
 
-    fn show_what_we_hold(self: &Arc<Self>, control: &Arc<OwnedFd>, identity: &Identity) -> Result<()> {
+    fn show_what_we_hold(self: &Arc<Self>, control: &Arc<OwnedFd>) -> Result<Shown> {
         let acceptors: Vec<_> =
             lock(&self.acceptors).iter().filter_map(|(key, a)| Some((*key, a.upgrade()?.terms()))).collect();
+        let mut shown = Shown { ports: Vec::new(), connections: Vec::new() };
         for ((port, partner), terms) in acceptors {
+            shown.ports.push((port, partner));
             let bind = Message::Bind { port, kind: terms.kind, partner, backlog: terms.backlog };
             // A refused lease stays refused: the rules may have changed. Connects simply stop.
             self.exchange(control, &bind, &[])?;
@@ -214,14 +226,28 @@ impl Node {
                 opener: u8::from(opener),
                 ticket,
             };
+            shown.connections.push(id);
             let answer = self.exchange(control, &resume, &[connection.counters_fd()])?;
             if let Message::Refused { text, .. } = decode_any(&answer)? {
                 lock(&self.connections).remove(&id);
                 connection.cut(text);
             }
         }
-        let _ = identity;
-        Ok(())
+        Ok(shown)
+    }
+
+    /// Tell the broker what ended while it was being shown, and could not be told then.
+    fn take_back(&self, shown: &Shown) {
+        for (port, partner) in shown.ports.iter().copied() {
+            if !lock(&self.acceptors).contains_key(&(port, partner)) {
+                self.ask_then(&Message::Unbind { port, partner }, &[], Box::new(drop));
+            }
+        }
+        for connection in shown.connections.iter().copied() {
+            if !lock(&self.connections).contains_key(&connection) {
+                let _ = self.tell(0, &Message::Close { connection }, &[]);
+            }
+        }
     }
 
     /// Ask on a control socket that nobody else reads yet; what else arrives is handled.
