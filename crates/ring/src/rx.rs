@@ -349,13 +349,9 @@ impl<S: Store, V: View> Rx<S, V> {
     /// # Errors
     /// The arm could not be written: do not sleep.
     pub fn prepare_to_sleep(&mut self) -> Result<(bool, Ring), StoreFailed> {
-        let before = self.settle();
+        let ring = self.settle();
         self.arm()?;
-        let quiet = matches!(self.look(), Ok(Seen::Nothing));
-        // That look may have moved the lane to its large ring, and the sender may be asleep until
-        // it hears of it.
-        let after = self.settle();
-        Ok((quiet, if before == Ring::Bell { before } else { after }))
+        Ok((matches!(self.look(), Ok(Seen::Nothing)), ring))
     }
 
     /// This end is awake.

@@ -10,7 +10,7 @@
 //! payload read before it is complete, or overwritten before its credit came, is reported as the
 //! data race it is. A sleeper whose bell never rings is reported as a deadlock.
 //!
-//! What was tried to see each model red is in docs/decisions/0011-model-checking.md.
+//! What was tried to see each model red is in docs/decisions/0013-model-checking.md.
 #![cfg(loom)]
 
 use std::collections::HashMap;
