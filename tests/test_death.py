@@ -145,7 +145,8 @@ class Parties:
             return False
 
     def kill(self, role: str) -> None:
-        pid = self.pids[role]
+        # What it said before, and is only heard now, is about nothing that exists.
+        pid = self.pids.pop(role)
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: gone(pid), f"{role} {pid} does not die")
         self.kills[role] += 1
