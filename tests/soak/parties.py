@@ -11,6 +11,7 @@ receiver can tell a prefix from anything else, and whether an orderly end came t
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import json
 import os
@@ -30,6 +31,8 @@ from isthmus import _native as n
 from isthmus.broker.log import Log
 from isthmus.broker.service import Service
 
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 STREAM, MESSAGES, LIFELINE = 7, 8, 9
 #: Far longer than anything takes here.
 LIMIT_S = 60.0
@@ -264,6 +267,8 @@ def main() -> None:
             continue
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # Not longer than the test, however it ends.
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
             {"broker": broker, "sender": sender, "receiver": receiver}[role](*arguments)
         except BaseException as error:
