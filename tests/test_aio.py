@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import selectors
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -200,3 +202,24 @@ def test_hundreds_of_connections_are_served_by_one_loop(neighbours: PrivateBroke
     before = len(list(Path("/proc/self/fd").iterdir()))
     asyncio.run(talk())
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 8
+
+
+def test_a_program_may_be_connected_to_itself(neighbours: PrivateBroker) -> None:
+    node = isthmus.attach(neighbours.door("a"))
+    listener = node.native.listen(0, "stream")
+    client = node.native.connect("a", listener.port, "stream", timeout=10)
+    server = listener.accept(10)
+    assert client.id == server.id
+    for end, other in ((client, server), (server, client)):
+        # Each end's descriptor follows its own end.
+        with selectors.DefaultSelector() as selector:
+            selector.register(end.fileno(), selectors.EVENT_READ)
+            assert not selector.select(0)
+            other.send(b"x", 1.0)
+            assert selector.select(20)
+            assert end.recv(1, 1.0)[0] == b"x"
+    client.close()
+    server.close()
+    until = time.monotonic() + 20
+    while node.status()["connections"]:
+        assert time.monotonic() < until

@@ -42,6 +42,19 @@ pub struct Info {
     pub theirs: (u32, u32),
 }
 
+impl Info {
+    /// Tells the connections of one attachment apart: a program connected to itself has both ends
+    /// of one number.
+    #[must_use]
+    pub fn key(&self) -> u64 {
+        key(self.id, self.opener)
+    }
+}
+
+pub(crate) fn key(id: u64, opener: bool) -> u64 {
+    id << 1 | u64::from(opener)
+}
+
 const CLOSED: u8 = 1;
 const SHUT_RECEIVE: u8 = 2;
 const SHUT_SEND: u8 = 4;
@@ -404,6 +417,10 @@ impl Connection {
         loop {
             self.check()?;
             let mut side = lock(&self.rx);
+            if !how.now && side.rx.quiet() {
+                // Most waits end here, with the side still locked.
+                self.spin_for_data(&mut side, how)?;
+            }
             let shut = self.state.load(Ordering::Acquire) & SHUT_RECEIVE != 0;
             // In this order: whatever the peer published before it died is seen after its death is.
             let gone = self.bell.gone();
@@ -462,22 +479,25 @@ impl Connection {
         }
     }
 
-    fn wait_for_data(&self, mut side: MutexGuard<'_, RxSide>, how: &How<'_>) -> Result<()> {
+    /// Spin until there is something or the budget is used up.
+    fn spin_for_data(&self, side: &mut RxSide, how: &How<'_>) -> Result<()> {
         if how.expired() {
             return Err(Error::TimedOut { done: 0 });
         }
-        let RxSide { rx, spin: budget, asleep, told_cpu, .. } = &mut *side;
+        let RxSide { rx, spin: budget, .. } = side;
         let peer_cpu = rx.peer_cpu();
         let mut looks = 0u32;
-        let arrived = spin(how.wait, budget, peer_cpu, || {
+        spin(how.wait, budget, peer_cpu, || {
             looks = looks.wrapping_add(1);
             // The end of the lane is not a record: look for it now and then. And a record that
             // has begun may never be completed: only a whole one is worth waking for.
-            (!rx.quiet() || looks % 32 == 0) && !matches!(rx.look(), Ok(Seen::Nothing))
+            (!rx.quiet() || looks % 256 == 0) && !matches!(rx.look(), Ok(Seen::Nothing))
         });
-        if arrived {
-            return Ok(());
-        }
+        Ok(())
+    }
+
+    fn wait_for_data(&self, mut side: MutexGuard<'_, RxSide>, how: &How<'_>) -> Result<()> {
+        let RxSide { rx, asleep, told_cpu, .. } = &mut *side;
         if how.wait == crate::wait::Wait::Spin {
             let ring = rx.settle();
             self.ring(ring);

@@ -168,7 +168,7 @@ impl Datagram {
             self.relay(&connection);
         } else {
             connection.bell().watch();
-            let _ = self.set.add(connection.bell().as_fd(), connection.info.id);
+            let _ = self.set.add(connection.bell().as_fd(), connection.info.key());
         }
         lock(&self.lanes).push(connection);
         self.news.raise();
@@ -256,7 +256,7 @@ impl Datagram {
         for (token, _) in events {
             if token == TOKEN_NEWS {
                 self.news.lower();
-            } else if let Some(lane) = lanes.iter().find(|lane| lane.info.id == token) {
+            } else if let Some(lane) = lanes.iter().find(|lane| lane.info.key() == token) {
                 lane.bell().empty();
                 lane.bell().wake_followers();
                 if lane.bell().gone() {

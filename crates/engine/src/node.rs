@@ -421,14 +421,14 @@ impl Node {
         let ends = offer.join(&lane, theirs.0, theirs.1, secret, info.kind)?;
         let counters = offer.counters_descriptor()?;
         let connection = Connection::new(info, ends, bell, counters, Some(self));
-        lock(&self.connections).insert(connection.info.id, Arc::downgrade(&connection));
+        lock(&self.connections).insert(connection.info.key(), Arc::downgrade(&connection));
         Ok(connection)
     }
 
     pub(crate) fn closed(&self, connection: &Connection) {
         let id = connection.info.id;
         let _ = self.set.remove(connection.bell().as_fd());
-        if lock(&self.connections).remove(&id).is_some() {
+        if lock(&self.connections).remove(&connection.info.key()).is_some() {
             // Without a broker nobody needs to know: the next one is not told of it, or told that
             // it is over.
             let _ = self.tell(0, &Message::Close { connection: id }, &[]);
@@ -437,7 +437,7 @@ impl Node {
 
     /// Relay this connection's bell to its readiness.
     pub(crate) fn watch(&self, connection: &Connection) {
-        let _ = self.set.add(connection.bell().as_fd(), connection.info.id);
+        let _ = self.set.add(connection.bell().as_fd(), connection.info.key());
     }
 }
 

@@ -14,7 +14,7 @@ use core::fmt;
 
 /// How far the writer has consumed the ring of the other direction (position, bytes).
 pub const CREDIT: usize = 64;
-/// [`CREDIT`] xor the lane's secret: both words together cannot be read half-written.
+/// [`CREDIT`] xor the lane's secret, beside it: both words together cannot be read half-written.
 pub const CREDIT_CHECK: usize = 72;
 /// Not 0: the writer sleeps until there is data in the other direction. A new number each time.
 pub const ARM_DATA: usize = 128;

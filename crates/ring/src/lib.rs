@@ -62,6 +62,14 @@ pub trait Store {
     /// # Errors
     /// The word was not written.
     fn word(&self, at: usize, value: u64) -> Result<(), StoreFailed>;
+    /// Two words that lie side by side.
+    ///
+    /// # Errors
+    /// Neither word, or only the first, was written.
+    fn pair(&self, at: usize, first: u64, second: u64) -> Result<(), StoreFailed> {
+        self.word(at, first)?;
+        self.word(at + 8, second)
+    }
     /// As [`Store::word`], for 32 bits.
     ///
     /// # Errors

@@ -5,8 +5,8 @@ use std::fmt;
 use isthmus_wire::record::{ALIGN, Header, HeaderFault, Kind, trailer_at};
 
 use crate::layout::{
-    ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CPU, CREDIT, CREDIT_CHECK, CREDIT_SHARE, FIN,
-    Geometry, RECEIVE_STATE, Stage, fin_word,
+    ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CPU, CREDIT, CREDIT_SHARE, FIN, Geometry,
+    RECEIVE_STATE, Stage, fin_word,
 };
 use crate::parts::Dest;
 use crate::sync::{Ordering, fence};
@@ -402,10 +402,7 @@ impl<S: Store, V: View> Rx<S, V> {
     fn give_credit(&mut self, before: Ring) -> Ring {
         let credit = self.position;
         // A lost credit word is as if the receiver were slow; the sender's sleep has a limit.
-        let told = self
-            .store
-            .word(CREDIT, credit)
-            .and_then(|()| self.store.word(CREDIT_CHECK, credit ^ self.secret));
+        let told = self.store.pair(CREDIT, credit, credit ^ self.secret);
         if told.is_ok() {
             self.given = credit;
         }

@@ -10,7 +10,7 @@ use isthmus_sys::packet;
 use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 
 use super::{Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
-use crate::connection::Info;
+use crate::connection::{Info, key};
 use crate::error::{Error, Result};
 use crate::lane::Offer;
 use crate::lock;
@@ -19,7 +19,7 @@ use crate::lock;
 const RETRY_FIRST: Duration = Duration::from_millis(20);
 const RETRY_MOST: Duration = Duration::from_secs(1);
 
-/// What the next broker was shown: leased ports with their partners, and connections.
+/// What the next broker was shown: leased ports with their partners, and keys of connections.
 struct Shown {
     ports: Vec<(u32, u32)>,
     connections: Vec<u64>,
@@ -41,8 +41,8 @@ impl Node {
                             self.attach_again();
                         }
                     }
-                    id => {
-                        let member = lock(&self.connections).get(&id).and_then(Weak::upgrade);
+                    key => {
+                        let member = lock(&self.connections).get(&key).and_then(Weak::upgrade);
                         if let Some(connection) = member {
                             connection.heard();
                             if ready.hung_up || connection.peer_gone() {
@@ -79,12 +79,15 @@ impl Node {
                 }
             }
             Message::Cut { connection, text, .. } => {
-                let member = lock(&self.connections).remove(&connection);
-                if let Some(connection) = member.and_then(|member| member.upgrade()) {
-                    connection.cut(text);
-                    connection.heard();
-                    // Its bell stays at its end: it would be ready for ever.
-                    let _ = self.set.remove(connection.bell().as_fd());
+                // Both ends, if this program is connected to itself.
+                for opener in [true, false] {
+                    let member = lock(&self.connections).remove(&key(connection, opener));
+                    if let Some(connection) = member.and_then(|member| member.upgrade()) {
+                        connection.cut(text);
+                        connection.heard();
+                        // Its bell stays at its end: it would be ready for ever.
+                        let _ = self.set.remove(connection.bell().as_fd());
+                    }
                 }
             }
             _ => {
@@ -226,10 +229,10 @@ impl Node {
                 opener: u8::from(opener),
                 ticket,
             };
-            shown.connections.push(id);
+            shown.connections.push(connection.info.key());
             let answer = self.exchange(control, &resume, &[connection.counters_fd()])?;
             if let Message::Refused { text, .. } = decode_any(&answer)? {
-                lock(&self.connections).remove(&id);
+                lock(&self.connections).remove(&connection.info.key());
                 connection.cut(text);
             }
         }
@@ -243,9 +246,9 @@ impl Node {
                 self.ask_then(&Message::Unbind { port, partner }, &[], Box::new(drop));
             }
         }
-        for connection in shown.connections.iter().copied() {
-            if !lock(&self.connections).contains_key(&connection) {
-                let _ = self.tell(0, &Message::Close { connection }, &[]);
+        for key in shown.connections.iter().copied() {
+            if !lock(&self.connections).contains_key(&key) {
+                let _ = self.tell(0, &Message::Close { connection: key >> 1 }, &[]);
             }
         }
     }
