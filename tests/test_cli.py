@@ -133,7 +133,7 @@ def test_explain_names_the_path_the_rule_and_the_reason(node: Node) -> None:
     closed = isthmus("explain", "c", "a", where=node.directory)
     assert closed.returncode == 1
     assert "because no rule accepts it" in closed.stdout
-    assert "add a rule: from = 'c', to = 'a'" in closed.stdout
+    assert '[[rule]]\nfrom = "c"\nto = "a"\naction = "accept"' in closed.stdout
 
 
 def test_status_of_the_node_and_of_one_domain(node: Node) -> None:

@@ -73,12 +73,20 @@ def _find_door(door: str | os.PathLike[str] | None) -> str:
     else:
         named, whence = DOOR_DEFAULT, f"the usual place; {DOOR_ENV} is not set"
     path = os.path.join(named, "door") if os.path.isdir(named) else named
-    if not os.path.exists(path):
+    try:
+        os.stat(path)
+    except PermissionError:
+        raise errors.NoBroker(
+            errno.EACCES,
+            f"the door at {path} ({whence}) is another user's: the operator gives it to you with "
+            "isthmus domain add NAME --uid UID",
+        ) from None
+    except OSError:
         raise errors.NoBroker(
             errno.ECONNREFUSED,
             f"no door at {path} ({whence}). In a container: mount the directory of its door there, or set "
             f"{DOOR_ENV}. On the host: isthmus broker, isthmus domain add NAME, {DOOR_ENV}=<dir>/doors/NAME",
-        )
+        ) from None
     return path
 
 

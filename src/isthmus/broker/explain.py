@@ -64,8 +64,8 @@ def _notes(
         if decision.matched is not None and later:
             notes.append(f"{later[0].says} would accept it, but {decision.matched.says} comes first")
         elif decision.matched is None:
-            rule = f"from = {source.name!r}, to = {destination.name!r}, action = 'accept'"
-            notes.append(f"to open it, add a rule: {rule}")
+            rule = f'[[rule]]\nfrom = "{source.name}"\nto = "{destination.name}"\naction = "accept"'
+            notes.append(f"to open it, add to the policy file:\n{rule}")
     if path is not None:
         matched = decision.matched
         if matched is not None and matched.unenforced:

@@ -72,7 +72,10 @@ class Introductions:
             self._log_refused(source, where, decision.why, decision.rule)
             if decision.action == "drop":
                 raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
-            raise Refuse("refused-by-rule", f"{source.name} to {where}: {decision.why}", decision.rule)
+            hint = f"the operator sees why: isthmus explain {source.name} {destination.name} --port {port}"
+            raise Refuse(
+                "refused-by-rule", f"{source.name} to {where}: {decision.why}; {hint}", decision.rule
+            )
         binding = destination.listener(port, source.number)
         if binding is None:
             raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
