@@ -169,18 +169,22 @@ impl Offer {
 fn sealed_store(own: &Region, geometry: Geometry) -> Mapped {
     let memory = own.clone();
     let large = geometry.large();
-    Mapped::with_prepare(own.clone(), move || make_huge(&memory, large))
+    Mapped::with_prepare(own.clone(), move || {
+        make_huge(&memory, large);
+    })
 }
 
 /// Huge pages for the large ring, where the kernel gives them; ordinary pages do as well.
-fn make_huge(memory: &Region, large: usize) {
-    if let Some(mapping) = mapping_of(memory) {
-        let huge = large & !(isthmus_sys::mapping::HUGE - 1);
-        if huge > 0 {
-            let _ = mapping.prefer_huge(LARGE_AT, huge);
-            let _ = mapping.collapse(LARGE_AT, huge);
-        }
+///
+/// `false`: not now; trying again later may help.
+fn make_huge(memory: &Region, large: usize) -> bool {
+    let Some(mapping) = mapping_of(memory) else { return true };
+    let huge = large & !(isthmus_sys::mapping::HUGE - 1);
+    if huge == 0 {
+        return true;
     }
+    let _ = mapping.prefer_huge(LARGE_AT, huge);
+    mapping.collapse(LARGE_AT, huge).is_ok()
 }
 
 /// A connection's two ends on this side.

@@ -60,10 +60,14 @@ const CROWD_NS: u64 = 1_000_000;
 const CROWD_READINGS: u32 = 3;
 
 /// Spin until `look` says yes; `false` if the budget ran out first.
+///
+/// `gap` pauses come between two looks: a receiver of a stream that lets its sender get ahead takes
+/// many records at a time, instead of fighting for the line of each.
 pub(crate) fn spin(
     wait: Wait,
     budget: &mut Spin,
     peer_cpu: Option<u32>,
+    gap: u32,
     mut look: impl FnMut() -> bool,
 ) -> bool {
     let limit = match wait {
@@ -88,7 +92,7 @@ pub(crate) fn spin(
             return true;
         }
         looks = looks.wrapping_add(1);
-        if looks % LOOKS_PER_CLOCK == 0 {
+        if looks % (LOOKS_PER_CLOCK / (gap + 1)).max(1) == 0 {
             let now = Instant::now();
             if now.duration_since(*start.get_or_insert(now)) > limit {
                 if wait == Wait::Adaptive {
@@ -99,6 +103,9 @@ pub(crate) fn spin(
             }
         }
         if looks > EAGER_LOOKS {
+            std::hint::spin_loop();
+        }
+        for _ in 0..gap {
             std::hint::spin_loop();
         }
     }

@@ -52,6 +52,9 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
+/// How often a large ring is tried to be prepared.
+const PREPARE_ATTEMPTS: u32 = 64;
+
 /// The receiving end. One owner; not for sharing between threads.
 pub struct Rx<S, V> {
     store: S,
@@ -72,7 +75,8 @@ pub struct Rx<S, V> {
     arm: u32,
     bytes: u64,
     messages: u64,
-    prepare: Option<Box<dyn Fn() + Send>>,
+    prepare: Option<Box<dyn Fn() -> bool + Send>>,
+    attempts: u32,
 }
 
 impl<S: Store, V: View> Rx<S, V> {
@@ -95,11 +99,13 @@ impl<S: Store, V: View> Rx<S, V> {
             bytes: 0,
             messages: 0,
             prepare: None,
+            attempts: 0,
         }
     }
 
-    /// For carriers whose receiver owns the large ring: called when the sender moves there.
-    pub fn on_grow(&mut self, prepare: impl Fn() + Send + 'static) {
+    /// For carriers whose receiver owns the large ring: called when the sender moves there, and now
+    /// and then again until it says that the memory is as it should be.
+    pub fn on_grow(&mut self, prepare: impl Fn() -> bool + Send + 'static) {
         self.prepare = Some(Box::new(prepare));
     }
 
@@ -166,9 +172,6 @@ impl<S: Store, V: View> Rx<S, V> {
     }
 
     fn grow(&mut self, header: Header) {
-        if let Some(prepare) = &self.prepare {
-            prepare();
-        }
         self.position += header.footprint() as u64;
         self.stage = Stage::Large;
         self.offset = 0;
@@ -399,6 +402,16 @@ impl<S: Store, V: View> Rx<S, V> {
         }
     }
 
+    /// The sender may be writing there: if the memory cannot be prepared now, it may later.
+    fn prepare_large(&mut self) {
+        if self.stage == Stage::Large && self.attempts < PREPARE_ATTEMPTS {
+            self.attempts += 1;
+            if self.prepare.as_ref().is_none_or(|prepare| prepare()) {
+                self.attempts = PREPARE_ATTEMPTS;
+            }
+        }
+    }
+
     fn give_credit(&mut self, before: Ring) -> Ring {
         let credit = self.position;
         // A lost credit word is as if the receiver were slow; the sender's sleep has a limit.
@@ -406,6 +419,7 @@ impl<S: Store, V: View> Rx<S, V> {
         if told.is_ok() {
             self.given = credit;
         }
+        self.prepare_large();
         self.look_for_sleeper(before)
     }
 
