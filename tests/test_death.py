@@ -93,12 +93,13 @@ class Parties:
 
     def wait_for(self, word: str | None, where: Callable[[Event], bool] = lambda _: True) -> Event:
         end = time.monotonic() + LIMIT_S
+        missing = f"no {word or 'work'!r}; {self.pids}, {self.open} open"
         while True:
-            left = end - time.monotonic()
             try:
-                event = self._news.get(timeout=max(left, 0.001))
+                event = self._news.get(timeout=max(end - time.monotonic(), 0.001))
             except queue.Empty:
-                raise AssertionError(f"no {word!r}; {self.pids}, {self.open} open") from None
+                raise AssertionError(missing) from None
+            assert time.monotonic() < end, missing
             self._note(event)
             if word in (None, event["event"]) and where(event):
                 return event
