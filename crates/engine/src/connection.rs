@@ -243,7 +243,7 @@ impl Connection {
     /// dies.
     pub fn send_stream(&self, source: &mut Source<'_>, how: &How<'_>) -> Result<usize> {
         let asked = source.left();
-        self.send(how, asked, |side| {
+        self.send(how, |side| {
             if source.left() == 0 {
                 return Ok((Try::Done(()), Ring::Quiet, asked));
             }
@@ -259,7 +259,7 @@ impl Connection {
     /// # Errors
     /// Nothing was sent.
     pub fn send_message(&self, source: &mut Source<'_>, how: &How<'_>) -> Result<()> {
-        self.send(how, source.left(), |side| {
+        self.send(how, |side| {
             let written = side.tx.write_message(source)?.map_err(|e| self.memory(e))?;
             let step = if written.all { Try::Done(()) } else { Try::Wait };
             Ok((step, written.ring, 0))
@@ -269,7 +269,6 @@ impl Connection {
     fn send(
         &self,
         how: &How<'_>,
-        _asked: usize,
         mut step: impl FnMut(&mut TxSide) -> Result<(Try<()>, Ring, usize)>,
     ) -> Result<()> {
         let mut done = 0;

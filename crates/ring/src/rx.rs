@@ -198,7 +198,7 @@ impl<S: Store, V: View> Rx<S, V> {
                 whole = header.len as usize;
             }
             if len == rest || self.kind == Kind::Message {
-                self.consume(header, taken);
+                self.consume(header);
                 if self.position - self.given >= self.credit_step() || self.view.half(ARM_SPACE) != 0 {
                     ring = self.give_credit(ring);
                 }
@@ -312,7 +312,7 @@ impl<S: Store, V: View> Rx<S, V> {
     pub fn skip(&mut self) -> Ring {
         let Some((header, taken)) = self.current else { return Ring::Quiet };
         self.bytes += (header.len as usize - taken) as u64;
-        self.consume(header, taken);
+        self.consume(header);
         self.note();
         if self.position - self.given >= self.credit_step() || self.view.half(ARM_SPACE) != 0 {
             return self.give_credit(Ring::Quiet);
@@ -387,7 +387,7 @@ impl<S: Store, V: View> Rx<S, V> {
         (self.stage.capacity(self.geometry) / CREDIT_SHARE) as u64
     }
 
-    fn consume(&mut self, header: Header, _taken: usize) {
+    fn consume(&mut self, header: Header) {
         self.current = None;
         self.messages += 1;
         self.advance(header.footprint());
