@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use isthmus_proto::spin::Spin;
-use isthmus_ring::layout::{COUNTERS_LEN, RESET, TAKES_ALL, TAKES_NOTHING};
+use isthmus_ring::layout::{COUNTERS_LEN, RESET, TAKES_NOTHING};
 use isthmus_ring::{Dest, Mapped, Region, Ring, Rx, Seen, Source, StoreFailed, Tx};
 use isthmus_sys::cpu;
 use isthmus_wire::control::{Carrier, SocketKind, TICKET};
@@ -205,6 +205,7 @@ impl Connection {
         &self.view
     }
 
+    #[inline]
     fn check(&self) -> Result<()> {
         if self.generation != cpu::generation() {
             return Err(Error::Forked);
@@ -301,15 +302,18 @@ impl Connection {
         }
     }
 
+    #[inline]
     fn may_send(&self, side: &TxSide, done: usize) -> Result<()> {
-        if side.tx.finished() || self.broken.load(Ordering::Relaxed) {
-            return Err(Error::Pipe { done });
+        let broken = side.tx.finished() || self.broken.load(Ordering::Relaxed);
+        if !broken && side.tx.open() && !self.bell.gone() {
+            return Ok(());
         }
-        match side.tx.peer_takes() {
-            TAKES_ALL if !self.bell.gone() => Ok(()),
-            RESET => Err(self.take_reset(done)),
-            _ => Err(Error::Pipe { done }),
-        }
+        Err(self.why_not_send(side, broken, done))
+    }
+
+    #[cold]
+    fn why_not_send(&self, side: &TxSide, broken: bool, done: usize) -> Error {
+        if !broken && side.tx.peer_takes() == RESET { self.take_reset(done) } else { Error::Pipe { done } }
     }
 
     fn peer_is_gone(&self, done: usize) -> Error {
@@ -325,7 +329,7 @@ impl Connection {
         }
         let TxSide { tx, spin: budget, asleep } = &mut *side;
         let peer_cpu = tx.peer_cpu();
-        if spin(how.wait, budget, peer_cpu, 0, || tx.has_space() || !tx.open()) {
+        if spin(how.wait, budget, peer_cpu, 0, |_| tx.has_space() || !tx.open()) {
             return Ok(());
         }
         if how.wait == crate::wait::Wait::Spin {
@@ -504,13 +508,11 @@ impl Connection {
         }
         let RxSide { rx, spin: budget, .. } = side;
         let peer_cpu = rx.peer_cpu();
-        let mut looks = 0u32;
         let gap = if self.one_way.load(Ordering::Relaxed) >= STREAMING { STREAM_GAP } else { 0 };
-        spin(how.wait, budget, peer_cpu, gap, || {
-            looks = looks.wrapping_add(1);
+        spin(how.wait, budget, peer_cpu, gap, |thorough| {
             // The end of the lane is not a record: look for it now and then. And a record that
             // has begun may never be completed: only a whole one is worth waking for.
-            (!rx.quiet() || looks % 256 == 0) && !matches!(rx.look(), Ok(Seen::Nothing))
+            (thorough || !rx.quiet()) && !matches!(rx.look(), Ok(Seen::Nothing))
         });
         Ok(())
     }
@@ -662,7 +664,7 @@ impl Connection {
             self.ring(ring);
             let RxSide { rx, spin: budget, .. } = &mut *side;
             let peer_cpu = rx.peer_cpu();
-            if spin(crate::Wait::Adaptive, budget, peer_cpu, 0, || !rx.quiet()) {
+            if spin(crate::Wait::Adaptive, budget, peer_cpu, 0, |_| !rx.quiet()) {
                 return Ok(true);
             }
         }
@@ -748,8 +750,15 @@ impl Connection {
     }
 
     /// Bring the kernel descriptor in line with the lane, arming for whatever it is not ready for.
+    #[inline]
     pub(crate) fn refresh(&self) {
-        let Some(readiness) = self.readiness.get() else { return };
+        if let Some(readiness) = self.readiness.get() {
+            self.bring_in_line(readiness);
+        }
+    }
+
+    #[cold]
+    fn bring_in_line(&self, readiness: &Readiness) {
         readiness.update(|| {
             let (readable, writable) = self.poll();
             if readable && writable {

@@ -51,7 +51,9 @@ impl How<'_> {
 /// takes as long as twenty of them, and what arrives meanwhile is seen that much later.
 const LOOKS_PER_CLOCK: u32 = 512;
 /// Looks before the processor is told that we spin.
-const EAGER_LOOKS: u32 = 1024;
+const EAGER_LOOKS: u32 = 2 * LOOKS_PER_CLOCK;
+/// A wait that ended within so many looks says nothing about the budget.
+const SHORT_LOOKS: u32 = 64;
 /// A spinning waiter that never sleeps checks this often that its peer lives.
 const SPIN_SLICE: Duration = Duration::from_millis(1);
 /// The number of runnable tasks is read at most this often, and believed for twice as long, ns.
@@ -61,52 +63,57 @@ const CROWD_READINGS: u32 = 3;
 
 /// Spin until `look` says yes; `false` if the budget ran out first.
 ///
+/// `look` is told now and then to look thoroughly, and may be quick at all other times.
 /// `gap` pauses come between two looks: a receiver of a stream that lets its sender get ahead takes
 /// many records at a time, instead of fighting for the line of each.
+#[inline]
 pub(crate) fn spin(
     wait: Wait,
     budget: &mut Spin,
     peer_cpu: Option<u32>,
     gap: u32,
-    mut look: impl FnMut() -> bool,
+    mut look: impl FnMut(bool) -> bool,
 ) -> bool {
     let limit = match wait {
-        Wait::Block => return look(),
+        Wait::Block => return look(true),
         Wait::Spin => SPIN_SLICE,
         Wait::Adaptive => {
             let same_processor = peer_cpu.is_some_and(|peer| peer == cpu::current());
             let ns = budget.budget_ns(Situation { same_processor, crowded: crowded() });
             if ns == 0 {
-                return look();
+                return look(true);
             }
             Duration::from_nanos(u64::from(ns))
         }
     };
     let mut start = None;
     let mut looks = 0u32;
+    let burst = (LOOKS_PER_CLOCK / (gap + 1)).max(1);
     loop {
-        if look() {
-            if wait == Wait::Adaptive && looks > 64 {
-                budget.hit();
+        // Nothing but looking: what arrives is seen by the next look.
+        let pauses = gap + u32::from(looks >= EAGER_LOOKS);
+        for i in 0..burst {
+            if look(false) {
+                if wait == Wait::Adaptive && looks.saturating_add(i) > SHORT_LOOKS {
+                    budget.hit();
+                }
+                return true;
             }
+            for _ in 0..pauses {
+                std::hint::spin_loop();
+            }
+        }
+        looks = looks.saturating_add(burst);
+        if look(true) {
             return true;
         }
-        looks = looks.wrapping_add(1);
-        if looks % (LOOKS_PER_CLOCK / (gap + 1)).max(1) == 0 {
-            let now = Instant::now();
-            if now.duration_since(*start.get_or_insert(now)) > limit {
-                if wait == Wait::Adaptive {
-                    budget.miss();
-                    look_at_the_crowd();
-                }
-                return false;
+        let now = Instant::now();
+        if now.duration_since(*start.get_or_insert(now)) > limit {
+            if wait == Wait::Adaptive {
+                budget.miss();
+                look_at_the_crowd();
             }
-        }
-        if looks > EAGER_LOOKS {
-            std::hint::spin_loop();
-        }
-        for _ in 0..gap {
-            std::hint::spin_loop();
+            return false;
         }
     }
 }

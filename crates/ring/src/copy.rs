@@ -6,7 +6,7 @@
 //! not read first.
 
 /// Shorter copies never use non-temporal stores, bytes.
-const STREAM_MIN: usize = 16 * 1024;
+pub(crate) const STREAM_MIN: usize = 16 * 1024;
 /// A destination written within the last so many received bytes is taken to be in the cache.
 const WARM_BYTES: u64 = 4 * 1024 * 1024;
 /// Destinations are remembered by blocks of this size (a power of two), bytes.
@@ -16,7 +16,7 @@ const BLOCKS: usize = 256;
 
 /// Remembers where received bytes went, to tell a warm destination from a cold one.
 pub(crate) struct Heat {
-    /// (block number, received bytes when it was last written).
+    /// (block number, bytes received in long records when it was last written).
     seen: Box<[(usize, u64); BLOCKS]>,
     received: u64,
 }
@@ -29,7 +29,6 @@ impl Heat {
     /// Is `dest` likely out of the cache? Also notes that `len` bytes go there now.
     pub(crate) fn cold(&mut self, dest: *const u8, len: usize) -> bool {
         if len < STREAM_MIN {
-            self.received += len as u64;
             return false;
         }
         let block = dest as usize / BLOCK;

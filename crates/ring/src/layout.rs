@@ -131,25 +131,60 @@ impl Geometry {
     }
 }
 
-/// Which of the two rings a lane is in.
+/// Where the next record of a lane begins. Both ends keep one, in step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stage {
-    Small,
-    Large,
+pub(crate) struct Place {
+    /// Bytes of ring used since the lane began.
+    pub(crate) position: u64,
+    /// Where the present ring begins in the layout, and its bytes.
+    base: usize,
+    capacity: usize,
+    /// From the beginning of the present ring.
+    offset: usize,
 }
 
-impl Stage {
-    pub(crate) fn base(self) -> usize {
-        match self {
-            Self::Small => SMALL_AT,
-            Self::Large => LARGE_AT,
+impl Place {
+    /// The beginning of a lane.
+    pub(crate) fn new(geometry: Geometry) -> Self {
+        Self { position: 0, base: SMALL_AT, capacity: geometry.small, offset: 0 }
+    }
+
+    /// The same, as an offset in the layout.
+    #[inline]
+    pub(crate) fn at(&self) -> usize {
+        self.base + self.offset
+    }
+
+    /// Bytes of the present ring.
+    #[inline]
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Bytes up to the end of the present ring.
+    #[inline]
+    pub(crate) fn to_end(self) -> usize {
+        self.capacity - self.offset
+    }
+
+    #[inline]
+    pub(crate) fn in_large(&self) -> bool {
+        self.base == LARGE_AT
+    }
+
+    /// Past a record of `by` bytes, which ends in the present ring.
+    #[inline]
+    pub(crate) fn advance(&mut self, by: usize) {
+        self.position += by as u64;
+        self.offset += by;
+        if self.offset >= self.capacity {
+            self.offset = 0;
         }
     }
 
-    pub(crate) fn capacity(self, geometry: Geometry) -> usize {
-        match self {
-            Self::Small => geometry.small,
-            Self::Large => geometry.large,
-        }
+    /// To the beginning of the large ring, past a record of `by` bytes.
+    pub(crate) fn grow(&mut self, geometry: Geometry, by: usize) {
+        *self =
+            Self { position: self.position + by as u64, base: LARGE_AT, capacity: geometry.large, offset: 0 };
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use isthmus_wire::record::{self, Header};
 
-use crate::copy::{Heat, copy};
+use crate::copy::{Heat, STREAM_MIN, copy};
 use crate::layout::COUNTERS;
 use crate::parts::{Dest, Source};
 use crate::sync::Ordering;
@@ -17,6 +17,8 @@ use crate::{Store, StoreFailed, View};
 pub struct Region {
     base: *mut u8,
     len: usize,
+    /// A word that begins before this lies in the region.
+    words_end: usize,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -33,7 +35,7 @@ impl Region {
     #[must_use]
     pub unsafe fn new(base: *mut u8, len: usize, keep: Arc<dyn Any + Send + Sync>) -> Self {
         assert!(base.cast_const().cast::<u64>().is_aligned(), "a region begins at a multiple of 8");
-        Self { base, len, keep }
+        Self { base, len, words_end: len.saturating_sub(7), keep }
     }
 
     #[must_use]
@@ -65,18 +67,19 @@ impl Region {
 
     #[inline]
     fn word_at(&self, at: usize) -> &std::sync::atomic::AtomicU64 {
-        let word = self.at(at, 8).cast::<u64>();
-        debug_assert!(word.is_aligned());
-        // SAFETY: mapped, aligned (all offsets are multiples of 8), and only accessed atomically.
-        unsafe { std::sync::atomic::AtomicU64::from_ptr(word) }
+        debug_assert_eq!(at % 8, 0);
+        assert!(at < self.words_end, "a word at {at} of {}", self.len);
+        // SAFETY: `at + 8` is within the mapping by the line above, aligned (all offsets are
+        // multiples of 8), and only accessed atomically.
+        unsafe { std::sync::atomic::AtomicU64::from_ptr(self.base.add(at).cast()) }
     }
 
     #[inline]
     fn half_at(&self, at: usize) -> &std::sync::atomic::AtomicU32 {
-        let half = self.at(at, 4).cast::<u32>();
-        debug_assert!(half.is_aligned());
+        debug_assert_eq!(at % 4, 0);
+        assert!(at < self.words_end, "a half at {at} of {}", self.len);
         // SAFETY: as for words, with multiples of 4.
-        unsafe { std::sync::atomic::AtomicU32::from_ptr(half) }
+        unsafe { std::sync::atomic::AtomicU32::from_ptr(self.base.add(at).cast()) }
     }
 
     /// A total kept by [`Store::counter`].
@@ -191,9 +194,9 @@ impl View for Mapped {
     #[inline]
     fn copy_out(&self, at: usize, len: usize, dest: &mut Dest<'_>) {
         let mut from = self.region.at(at, len).cast_const();
-        let mut heat = self.heat.borrow_mut();
+        let mut heat = (len >= STREAM_MIN).then(|| self.heat.borrow_mut());
         dest.take(len, |to, piece| {
-            let cold = heat.cold(to, piece);
+            let cold = heat.as_mut().is_some_and(|heat| heat.cold(to, piece));
             // SAFETY: the pieces add up to `len`, which was checked to lie in the region; the
             // destination is the caller's and not part of a lane.
             unsafe {

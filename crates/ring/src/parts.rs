@@ -66,12 +66,13 @@ impl<'a, P: Pointer> Parts<'a, P> {
     ///
     /// # Panics
     /// Fewer than `len` bytes are left.
+    #[inline]
     pub fn take(&mut self, len: usize, mut each: impl FnMut(P, usize)) {
         assert!(len <= self.left, "taking {len} of {} bytes", self.left);
         self.left -= len;
         let mut len = len;
         while len > 0 {
-            let (start, size) = self.parts[0];
+            let [(start, size), rest @ ..] = self.parts else { return };
             let piece = (size - self.skip).min(len);
             if piece > 0 {
                 // SAFETY: `skip + piece <= size`, so the piece lies in the part.
@@ -79,8 +80,8 @@ impl<'a, P: Pointer> Parts<'a, P> {
             }
             len -= piece;
             self.skip += piece;
-            if self.skip == size {
-                self.parts = &self.parts[1..];
+            if self.skip == *size {
+                self.parts = rest;
                 self.skip = 0;
             }
         }

@@ -6,7 +6,7 @@ use isthmus_wire::record::{ALIGN, Header, HeaderFault, Kind, trailer_at};
 
 use crate::layout::{
     ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CPU, CREDIT, CREDIT_SHARE, FIN, Geometry,
-    RECEIVE_STATE, Stage, fin_word,
+    Place, RECEIVE_STATE, fin_word,
 };
 use crate::parts::Dest;
 use crate::sync::{Ordering, fence};
@@ -55,6 +55,17 @@ impl std::error::Error for Fault {}
 /// How often a large ring is tried to be prepared.
 const PREPARE_ATTEMPTS: u32 = 64;
 
+/// A record with payload, found good.
+#[derive(Clone, Copy)]
+struct Front {
+    /// Where the payload not yet received begins in the layout, and its bytes.
+    at: usize,
+    left: usize,
+    /// Bytes of the whole payload and of the whole record.
+    len: usize,
+    footprint: usize,
+}
+
 /// The receiving end. One owner; not for sharing between threads.
 pub struct Rx<S, V> {
     store: S,
@@ -62,11 +73,10 @@ pub struct Rx<S, V> {
     geometry: Geometry,
     secret: u64,
     kind: Kind,
-    stage: Stage,
-    position: u64,
-    offset: usize,
-    /// The record at the front, validated, and how much of its payload was received.
-    current: Option<(Header, usize)>,
+    /// Where the record at the front begins.
+    place: Place,
+    /// The record at the front, once it was found good.
+    current: Option<Front>,
     /// Records without payload since the last one that had some.
     idle: u32,
     /// The credit that the sender was last given.
@@ -88,9 +98,7 @@ impl<S: Store, V: View> Rx<S, V> {
             geometry,
             secret: secret | 1,
             kind,
-            stage: Stage::Small,
-            position: 0,
-            offset: 0,
+            place: Place::new(geometry),
             current: None,
             idle: 0,
             given: 0,
@@ -119,62 +127,59 @@ impl<S: Store, V: View> Rx<S, V> {
     #[inline]
     #[must_use]
     pub fn quiet(&self) -> bool {
-        self.current.is_none() && self.view.word(self.stage.base() + self.offset) != self.commit()
+        self.current.is_none() && self.view.word(self.place.at()) != self.commit()
     }
 
     /// Look at the front of the lane.
     ///
     /// # Errors
     /// The sender broke the format. Every later call says so again.
+    #[inline(always)]
     pub fn look(&mut self) -> Result<Seen, Fault> {
         loop {
-            if let Some((header, taken)) = self.current {
-                return Ok(Seen::Data(header.len as usize - taken));
+            if let Some(front) = &self.current {
+                return Ok(Seen::Data(front.left));
             }
-            let at = self.stage.base() + self.offset;
+            let at = self.place.at();
             if self.view.word(at) != self.commit() {
-                // The end is written after the last record, so a record seen missing here and an
-                // end at this very position mean that there will be none.
-                let ended = self.view.word(FIN) == fin_word(self.secret, self.position);
-                return Ok(if ended { Seen::End } else { Seen::Nothing });
+                return Ok(self.look_for_the_end());
             }
-            let to_end = self.stage.capacity(self.geometry) - self.offset;
-            let header = Header::decode(self.view.word(at + 8), to_end).map_err(Fault::Header)?;
-            if header.trailer {
-                let trailer = at + trailer_at(header.len as usize);
-                if self.view.word(trailer) != !self.commit() {
-                    return Ok(Seen::Nothing);
-                }
+            let header =
+                Header::decode(self.view.word(at + 8), self.place.to_end()).map_err(Fault::Header)?;
+            if header.trailer && self.view.word(at + trailer_at(header.len as usize)) != !self.commit() {
+                return Ok(Seen::Nothing);
             }
-            match header.kind {
-                Kind::Grow if self.stage == Stage::Large || self.geometry.large() == 0 => {
-                    return Err(Fault::Grow);
-                }
-                Kind::Message | Kind::Stream if header.kind != self.kind => return Err(Fault::Kind),
-                Kind::Stream if header.len > 0 => self.take(header),
-                Kind::Message => self.take(header),
-                _ if self.idle >= IDLE_MAX => return Err(Fault::Idle),
-                kind => {
-                    self.idle += 1;
-                    match kind {
-                        Kind::Grow => self.grow(header),
-                        Kind::Skip => self.advance(to_end),
-                        Kind::Stream | Kind::Message => self.advance(header.footprint()),
-                    }
-                }
+            if header.kind == self.kind && (header.len > 0 || header.kind == Kind::Message) {
+                let (at, len) = (at + header.payload_at(), header.len as usize);
+                self.current = Some(Front { at, left: len, len, footprint: header.footprint() });
+                self.idle = 0;
+            } else {
+                self.pass(header)?;
             }
         }
     }
 
-    fn take(&mut self, header: Header) {
-        self.current = Some((header, 0));
-        self.idle = 0;
+    #[cold]
+    fn look_for_the_end(&self) -> Seen {
+        // The end is written after the last record, so a record seen missing and an end at this
+        // very position mean that there will be none.
+        let ended = self.view.word(FIN) == fin_word(self.secret, self.place.position);
+        if ended { Seen::End } else { Seen::Nothing }
     }
 
-    fn grow(&mut self, header: Header) {
-        self.position += header.footprint() as u64;
-        self.stage = Stage::Large;
-        self.offset = 0;
+    /// Past a record that carries nothing.
+    #[cold]
+    fn pass(&mut self, header: Header) -> Result<(), Fault> {
+        match header.kind {
+            Kind::Grow if self.place.in_large() || self.geometry.large() == 0 => return Err(Fault::Grow),
+            Kind::Message | Kind::Stream if header.kind != self.kind => return Err(Fault::Kind),
+            _ if self.idle >= IDLE_MAX => return Err(Fault::Idle),
+            Kind::Grow => self.place.grow(self.geometry, header.footprint()),
+            Kind::Skip => self.place.advance(self.place.to_end()),
+            Kind::Stream | Kind::Message => self.place.advance(header.footprint()),
+        }
+        self.idle += 1;
+        Ok(())
     }
 
     /// Receive from the front into `dest`: as much of the stream as there is and fits, or one
@@ -185,25 +190,24 @@ impl<S: Store, V: View> Rx<S, V> {
     ///
     /// # Errors
     /// As [`Rx::look`]; what was received before the fault is kept and returned first.
+    #[inline(always)]
     pub fn read(&mut self, dest: &mut Dest<'_>) -> Result<(usize, usize, Ring), Fault> {
         let room = dest.left();
         let mut ring = Ring::Quiet;
         let mut whole = 0;
-        while let Some((header, taken)) = self.current {
-            let at = self.stage.base() + self.offset + header.payload_at() + taken;
-            let rest = header.len as usize - taken;
-            let len = rest.min(dest.left());
-            self.view.copy_out(at, len, dest);
+        while let Some(front) = self.current {
+            let len = front.left.min(dest.left());
+            self.view.copy_out(front.at, len, dest);
             if self.kind == Kind::Message {
-                whole = header.len as usize;
+                whole = front.len;
             }
-            if len == rest || self.kind == Kind::Message {
-                self.consume(header);
-                if self.position - self.given >= self.credit_step() || self.view.half(ARM_SPACE) != 0 {
+            if len == front.left || self.kind == Kind::Message {
+                self.consume(front);
+                if self.owes_credit() {
                     ring = self.give_credit(ring);
                 }
             } else {
-                self.current = Some((header, taken + len));
+                self.current = Some(Front { at: front.at + len, left: front.left - len, ..front });
             }
             if self.kind == Kind::Message || dest.left() == 0 {
                 break;
@@ -259,43 +263,35 @@ impl<S: Store, V: View> Rx<S, V> {
     /// Show the pieces of the stream, front first, until `visit` says false: where each lies and
     /// how long it is. Stops at whatever is not a piece of a stream; [`Rx::look`] judges that.
     fn ahead(&self, mut visit: impl FnMut(usize, usize) -> bool) {
-        let Some((mut header, mut taken)) = self.current else { return };
-        let (mut position, mut offset, mut stage) = (self.position, self.offset, self.stage);
+        let Some(front) = self.current else { return };
+        if self.kind != Kind::Stream || !visit(front.at, front.left) {
+            return;
+        }
+        let mut place = self.place;
+        place.advance(front.footprint);
         loop {
-            let at = stage.base() + offset + header.payload_at() + taken;
-            if header.kind == Kind::Stream && !visit(at, header.len as usize - taken) {
-                return;
-            }
-            let capacity = stage.capacity(self.geometry);
-            let step = if header.kind == Kind::Skip { capacity - offset } else { header.footprint() };
-            position += step as u64;
-            offset += step;
-            if offset >= capacity {
-                offset = 0;
-            }
-            if header.kind == Kind::Grow {
-                (stage, offset) = (Stage::Large, 0);
-            }
             // As `look` does, without its consequences.
-            let at = stage.base() + offset;
-            let commit = self.secret.wrapping_add(position);
+            let at = place.at();
+            let commit = self.secret.wrapping_add(place.position);
             // A full turn would show the front again.
-            if position - self.position >= 2 * stage.capacity(self.geometry) as u64
+            if place.position - self.place.position >= 2 * place.capacity() as u64
                 || self.view.word(at) != commit
             {
                 return;
             }
-            let to_end = stage.capacity(self.geometry) - offset;
-            let Ok(next) = Header::decode(self.view.word(at + 8), to_end) else { return };
+            let Ok(next) = Header::decode(self.view.word(at + 8), place.to_end()) else { return };
             if next.trailer && self.view.word(at + trailer_at(next.len as usize)) != !commit {
                 return;
             }
             match next.kind {
-                Kind::Stream | Kind::Skip => {}
-                Kind::Grow if stage == Stage::Small && self.geometry.large() > 0 => {}
-                _ => return,
+                Kind::Stream if !visit(at + next.payload_at(), next.len as usize) => return,
+                Kind::Stream => place.advance(next.footprint()),
+                Kind::Skip => place.advance(place.to_end()),
+                Kind::Grow if !place.in_large() && self.geometry.large() > 0 => {
+                    place.grow(self.geometry, next.footprint());
+                }
+                Kind::Message | Kind::Grow => return,
             }
-            (header, taken) = (next, 0);
         }
     }
 
@@ -303,18 +299,16 @@ impl<S: Store, V: View> Rx<S, V> {
     /// [`Rx::skip`]; the sender may still scribble over it.
     #[must_use]
     pub fn front(&self) -> Option<(usize, usize)> {
-        let (header, taken) = self.current?;
-        let at = self.stage.base() + self.offset + header.payload_at() + taken;
-        Some((at, header.len as usize - taken))
+        self.current.map(|front| (front.at, front.left))
     }
 
     /// Consume the record at the front, as after looking at it in place.
     pub fn skip(&mut self) -> Ring {
-        let Some((header, taken)) = self.current else { return Ring::Quiet };
-        self.bytes += (header.len as usize - taken) as u64;
-        self.consume(header);
+        let Some(front) = self.current else { return Ring::Quiet };
+        self.bytes += front.left as u64;
+        self.consume(front);
         self.note();
-        if self.position - self.given >= self.credit_step() || self.view.half(ARM_SPACE) != 0 {
+        if self.owes_credit() {
             return self.give_credit(Ring::Quiet);
         }
         Ring::Quiet
@@ -322,7 +316,7 @@ impl<S: Store, V: View> Rx<S, V> {
 
     /// Give the sender all credit it has not been given. Call before sleeping.
     pub fn settle(&mut self) -> Ring {
-        if self.position == self.given { Ring::Quiet } else { self.give_credit(Ring::Quiet) }
+        if self.place.position == self.given { Ring::Quiet } else { self.give_credit(Ring::Quiet) }
     }
 
     /// Take nothing more from this lane; `state` is `TAKES_NOTHING` or `RESET`.
@@ -379,32 +373,29 @@ impl<S: Store, V: View> Rx<S, V> {
         self.view.half(CPU).checked_sub(1)
     }
 
+    #[inline]
     fn commit(&self) -> u64 {
-        self.secret.wrapping_add(self.position)
+        self.secret.wrapping_add(self.place.position)
     }
 
-    fn credit_step(&self) -> u64 {
-        (self.stage.capacity(self.geometry) / CREDIT_SHARE) as u64
+    /// Enough was consumed, or the sender sleeps for want of space.
+    #[inline]
+    fn owes_credit(&self) -> bool {
+        let step = (self.place.capacity() / CREDIT_SHARE) as u64;
+        self.place.position - self.given >= step || self.view.half(ARM_SPACE) != 0
     }
 
-    fn consume(&mut self, header: Header) {
+    #[inline]
+    fn consume(&mut self, front: Front) {
         self.current = None;
         self.messages += 1;
-        self.advance(header.footprint());
-    }
-
-    fn advance(&mut self, by: usize) {
-        self.position += by as u64;
-        self.offset += by;
-        debug_assert_eq!(self.offset % ALIGN, 0);
-        if self.offset >= self.stage.capacity(self.geometry) {
-            self.offset = 0;
-        }
+        self.place.advance(front.footprint);
+        debug_assert_eq!(self.place.at() % ALIGN, 0);
     }
 
     /// The sender may be writing there: if the memory cannot be prepared now, it may later.
     fn prepare_large(&mut self) {
-        if self.stage == Stage::Large && self.attempts < PREPARE_ATTEMPTS {
+        if self.place.in_large() && self.attempts < PREPARE_ATTEMPTS {
             self.attempts += 1;
             if self.prepare.as_ref().is_none_or(|prepare| prepare()) {
                 self.attempts = PREPARE_ATTEMPTS;
@@ -412,8 +403,9 @@ impl<S: Store, V: View> Rx<S, V> {
         }
     }
 
+    #[cold]
     fn give_credit(&mut self, before: Ring) -> Ring {
-        let credit = self.position;
+        let credit = self.place.position;
         // A lost credit word is as if the receiver were slow; the sender's sleep has a limit.
         let told = self.store.pair(CREDIT, credit, credit ^ self.secret);
         if told.is_ok() {
@@ -433,6 +425,7 @@ impl<S: Store, V: View> Rx<S, V> {
         Ring::Bell
     }
 
+    #[inline]
     fn note(&self) {
         self.store.counter(COUNTER_RX_BYTES, self.bytes);
         self.store.counter(COUNTER_RX_MESSAGES, self.messages);

@@ -6,7 +6,7 @@ use isthmus_wire::record::{ALIGN, Header, Kind, footprint, payload_in};
 
 use crate::layout::{
     ARM_DATA, ARM_SPACE, COUNTER_TX_BYTES, COUNTER_TX_MESSAGES, CPU, CREDIT, CREDIT_CHECK, FIN, Geometry,
-    RECEIVE_STATE, Stage, TAKES_ALL, fin_word,
+    Place, RECEIVE_STATE, TAKES_ALL, fin_word,
 };
 use crate::parts::Source;
 use crate::sync::{Ordering, fence};
@@ -50,11 +50,8 @@ pub struct Tx<S, V> {
     view: V,
     geometry: Geometry,
     secret: u64,
-    stage: Stage,
-    /// Bytes of ring used since the lane began; where the next record goes.
-    position: u64,
-    /// The same within the present ring.
-    offset: usize,
+    /// Where the next record goes.
+    place: Place,
     /// The receiver has consumed up to here, as far as we know.
     credit: u64,
     full: u32,
@@ -77,9 +74,7 @@ impl<S: Store, V: View> Tx<S, V> {
             view,
             geometry,
             secret: secret | 1,
-            stage: Stage::Small,
-            position: 0,
-            offset: 0,
+            place: Place::new(geometry),
             credit: 0,
             full: 0,
             wanted: 0,
@@ -113,24 +108,36 @@ impl<S: Store, V: View> Tx<S, V> {
     #[must_use]
     pub fn in_flight(&mut self) -> usize {
         self.look_for_credit();
-        (self.position - self.credit) as usize
+        (self.place.position - self.credit) as usize
     }
 
     /// Put as much of `source` into the lane as fits, as a piece of a byte stream.
     ///
     /// # Errors
     /// The memory behind the lane failed. What was counted as written before is in the lane.
+    #[inline]
     pub fn write_stream(&mut self, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
         debug_assert!(!self.finished, "writing after finish");
+        let len = source.left();
+        let room = self.free().min(self.place.to_end());
+        if len == 0 || len > CHUNK || footprint(len, self.store.trailer()) > room || self.wants_to_grow(len) {
+            return self.write_stream_in_pieces(source);
+        }
+        // Most writes: one record, for which there is room.
+        self.put_payload(Kind::Stream, len, source)?;
+        let ring = self.look_for_sleeper(Ring::Quiet);
+        self.note();
+        Ok(Written { bytes: len, all: true, ring })
+    }
+
+    fn write_stream_in_pieces(&mut self, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
         let asked = source.left();
         let mut ring = Ring::Quiet;
         let grew = self.grow_for(asked)?;
         while source.left() > 0 {
             let Some(room) = self.room(source.left()) else { break };
             let len = source.left().min(CHUNK).min(payload_in(room, self.store.trailer()));
-            self.put(Kind::Stream, len, source)?;
-            self.bytes += len as u64;
-            self.messages += 1;
+            self.put_payload(Kind::Stream, len, source)?;
             ring = self.look_for_sleeper(ring);
         }
         let written = asked - source.left();
@@ -170,21 +177,19 @@ impl<S: Store, V: View> Tx<S, V> {
         if !self.takes(wanted) {
             self.full = self.full.saturating_add(1);
             // A ring that is about to grow need not have that much: it grows when there is some.
-            self.wanted = wanted.min(self.stage.capacity(self.geometry) - self.space_wanted());
+            self.wanted = wanted.min(self.place.capacity() - self.space_wanted());
             let ring = if grew { self.look_for_sleeper(Ring::Quiet) } else { Ring::Quiet };
             return Ok(Written { bytes: 0, all: false, ring });
         }
         self.wanted = 0;
-        let to_end = self.stage.capacity(self.geometry) - self.offset;
+        let to_end = self.place.to_end();
         if need > to_end {
             self.put(Kind::Skip, 0, &mut Source::empty())?;
-            self.advance(to_end - ALIGN);
+            self.place.advance(to_end - ALIGN);
         }
-        self.put(Kind::Message, len, source)?;
-        self.bytes += len as u64;
-        self.messages += 1;
-        self.note();
+        self.put_payload(Kind::Message, len, source)?;
         let ring = self.look_for_sleeper(Ring::Quiet);
+        self.note();
         Ok(Written { bytes: len, all: true, ring })
     }
 
@@ -209,7 +214,7 @@ impl<S: Store, V: View> Tx<S, V> {
     /// The word could not be written; the peer will learn of the end by other means.
     pub fn finish(&mut self) -> Result<Ring, StoreFailed> {
         self.finished = true;
-        self.store.word(FIN, fin_word(self.secret, self.position))?;
+        self.store.word(FIN, fin_word(self.secret, self.place.position))?;
         Ok(self.look_for_sleeper(Ring::Quiet))
     }
 
@@ -247,7 +252,7 @@ impl<S: Store, V: View> Tx<S, V> {
     /// A sleeper is worth waking only for so much space: an eighth of the ring, because that is
     /// how much credit the receiver may hold back.
     fn space_wanted(&self) -> usize {
-        (self.stage.capacity(self.geometry) / crate::layout::CREDIT_SHARE).max(ALIGN)
+        (self.place.capacity() / crate::layout::CREDIT_SHARE).max(ALIGN)
     }
 
     /// Are so many bytes of ring free? Looks for credit only if it must.
@@ -260,19 +265,20 @@ impl<S: Store, V: View> Tx<S, V> {
 
     /// Bytes of ring for a record of `need` bytes, which begins anew where the ring ends too soon.
     fn wanted_for(&self, need: usize) -> usize {
-        let to_end = self.stage.capacity(self.geometry) - self.offset;
+        let to_end = self.place.to_end();
         if need > to_end { to_end + need } else { need }
     }
 
+    #[inline]
     fn free(&self) -> usize {
         // `credit <= position` always; what is used may exceed the ring just after it grew.
-        let used = usize::try_from(self.position - self.credit).unwrap_or(usize::MAX);
-        self.stage.capacity(self.geometry).saturating_sub(used)
+        let used = usize::try_from(self.place.position - self.credit).unwrap_or(usize::MAX);
+        self.place.capacity().saturating_sub(used)
     }
 
     /// Contiguous room for the next record, worth using for `left` bytes.
     fn room(&mut self, left: usize) -> Option<usize> {
-        let to_end = self.stage.capacity(self.geometry) - self.offset;
+        let to_end = self.place.to_end();
         let worth = footprint(left.min(CHUNK), self.store.trailer()).min(to_end).min(self.space_wanted());
         if self.free() < worth {
             self.look_for_credit();
@@ -287,47 +293,49 @@ impl<S: Store, V: View> Tx<S, V> {
     fn look_for_credit(&mut self) {
         let credit = self.view.word(CREDIT);
         let check = self.view.word(CREDIT_CHECK);
-        if credit ^ self.secret == check && credit > self.credit && credit <= self.position {
+        if credit ^ self.secret == check && credit > self.credit && credit <= self.place.position {
             self.credit = credit;
         }
     }
 
+    /// Do `len` bytes, or the fullness of the small ring, ask for the large one?
+    #[inline]
+    fn wants_to_grow(&self, len: usize) -> bool {
+        let wanted = len > self.geometry.small() / GROW_SHARE || self.full >= GROW_FULL;
+        wanted && !self.place.in_large() && self.geometry.large() > self.geometry.small()
+    }
+
     /// Move to the large ring if `len` bytes ask for it, or the small one was full often.
     fn grow_for(&mut self, len: usize) -> Result<bool, StoreFailed> {
-        let wanted = len > self.geometry.small() / GROW_SHARE || self.full >= GROW_FULL;
-        if self.stage == Stage::Large || !wanted || self.geometry.large() <= self.geometry.small() {
+        if !self.wants_to_grow(len) || !self.takes(ALIGN) {
             return Ok(false);
-        }
-        if self.free() < ALIGN {
-            self.look_for_credit();
-            if self.free() < ALIGN {
-                return Ok(false);
-            }
         }
         self.store.prepare_large();
         self.put(Kind::Grow, 0, &mut Source::empty())?;
-        self.stage = Stage::Large;
-        self.offset = 0;
+        self.place.grow(self.geometry, 0);
         Ok(true)
     }
 
-    fn put(&mut self, kind: Kind, len: usize, source: &mut Source<'_>) -> Result<(), StoreFailed> {
-        let header = Header { kind, trailer: self.store.trailer(), len: len as u32 };
-        let at = self.stage.base() + self.offset;
-        self.store.record(at, self.secret.wrapping_add(self.position), header, source)?;
-        self.advance(header.footprint());
+    /// A record that carries `len` bytes, and its share of the totals.
+    #[inline(always)]
+    fn put_payload(&mut self, kind: Kind, len: usize, source: &mut Source<'_>) -> Result<(), StoreFailed> {
+        self.put(kind, len, source)?;
+        self.bytes += len as u64;
+        self.messages += 1;
         Ok(())
     }
 
-    fn advance(&mut self, by: usize) {
-        self.position += by as u64;
-        self.offset += by;
-        if self.offset >= self.stage.capacity(self.geometry) {
-            self.offset = 0;
-        }
+    #[inline(always)]
+    fn put(&mut self, kind: Kind, len: usize, source: &mut Source<'_>) -> Result<(), StoreFailed> {
+        let header = Header { kind, trailer: self.store.trailer(), len: len as u32 };
+        let commit = self.secret.wrapping_add(self.place.position);
+        self.store.record(self.place.at(), commit, header, source)?;
+        self.place.advance(header.footprint());
+        Ok(())
     }
 
     /// Wake the receiver if it sleeps. Call after publishing.
+    #[inline]
     fn look_for_sleeper(&mut self, before: Ring) -> Ring {
         fence(Ordering::SeqCst);
         let arm = self.view.half(ARM_DATA);
@@ -338,6 +346,7 @@ impl<S: Store, V: View> Tx<S, V> {
         Ring::Bell
     }
 
+    #[inline]
     fn note(&self) {
         self.store.counter(COUNTER_TX_BYTES, self.bytes);
         self.store.counter(COUNTER_TX_MESSAGES, self.messages);

@@ -34,6 +34,7 @@ pub enum Kind {
 impl Kind {
     pub const ALL: [Self; 4] = [Self::Stream, Self::Message, Self::Skip, Self::Grow];
 
+    #[inline]
     #[must_use]
     pub fn from_wire(value: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| *kind as u8 == value)
@@ -73,6 +74,7 @@ impl Header {
     ///
     /// # Errors
     /// The header cannot be true; see [`HeaderFault`].
+    #[inline]
     pub fn decode(word: u64, limit: usize) -> Result<Self, HeaderFault> {
         let [l0, l1, l2, l3, kind, flags, r0, r1] = word.to_le_bytes();
         let len = u32::from_le_bytes([l0, l1, l2, l3]);
@@ -89,6 +91,7 @@ impl Header {
     }
 
     /// The inverse of [`Header::decode`].
+    #[inline]
     #[must_use]
     pub fn encode(self) -> u64 {
         let Self { kind, trailer, len } = self;
@@ -97,12 +100,14 @@ impl Header {
     }
 
     /// Where the payload begins, from the beginning of the record.
+    #[inline]
     #[must_use]
     pub fn payload_at(self) -> usize {
         payload_at(self.len as usize)
     }
 
     /// Bytes of ring the record takes, a multiple of [`ALIGN`].
+    #[inline]
     #[must_use]
     pub fn footprint(self) -> usize {
         footprint(self.len as usize, self.trailer)
@@ -110,12 +115,14 @@ impl Header {
 }
 
 /// Where a payload of `len` bytes begins in its record.
+#[inline]
 #[must_use]
 pub fn payload_at(len: usize) -> usize {
     if len <= INLINE_MAX { HEADER } else { ALIGN }
 }
 
 /// Bytes of ring that a record with a payload of `len` bytes takes, a multiple of [`ALIGN`].
+#[inline]
 #[must_use]
 pub fn footprint(len: usize, trailer: bool) -> usize {
     let end =
@@ -124,6 +131,7 @@ pub fn footprint(len: usize, trailer: bool) -> usize {
 }
 
 /// Where the trailer of a payload of `len` bytes lies in its record, a multiple of 8.
+#[inline]
 #[must_use]
 pub fn trailer_at(len: usize) -> usize {
     payload_at(len).saturating_add(len).saturating_add(TRAILER - 1) & !(TRAILER - 1)
