@@ -444,7 +444,9 @@ impl Connection {
                 Seen::Data(len) => {
                     let taken = take(&mut side.rx)?;
                     drop(side);
-                    let pieces = if STREAM_BYTES.contains(&len) {
+                    let pieces = if STREAM_BYTES.contains(&len)
+                        || len >= STREAM_BYTES.end && self.info.carrier == Carrier::Put
+                    {
                         self.one_way.load(Ordering::Relaxed).saturating_add(1)
                     } else {
                         0

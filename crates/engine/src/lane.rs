@@ -22,6 +22,9 @@ use crate::error::{Error, Result};
 pub const SMALL_DEFAULT: u32 = 32 * 1024;
 /// Large ring of a lane, bytes: one huge page.
 pub const LARGE_DEFAULT: u32 = 2 * 1024 * 1024;
+/// Longest stream record of a `put` lane, bytes: a call costs the kernel as much as the copy of
+/// 32 KiB, so long records cost less, until nothing is left that both ends could copy at once.
+const PUT_CHUNK: usize = 256 * 1024;
 /// Largest number of buffers in one record of a `put` lane; longer lists are copied together first.
 const PIECES: usize = 16;
 
@@ -327,6 +330,14 @@ impl Store for AnyStore {
         match self {
             Self::Sealed(store) => store.record(at, commit, header, source),
             Self::Put(store) => store.record(at, commit, header, source),
+        }
+    }
+
+    #[inline]
+    fn chunk(&self) -> usize {
+        match self {
+            Self::Sealed(store) => store.chunk(),
+            Self::Put(_) => PUT_CHUNK,
         }
     }
 

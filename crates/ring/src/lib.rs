@@ -86,6 +86,11 @@ pub trait Store {
         header: Header,
         source: &mut Source<'_>,
     ) -> Result<(), StoreFailed>;
+    /// Longest payload of one stream record, bytes: the receiver copies one while the sender fills
+    /// the next. 64 KiB is where a mapped ring of 2 MiB was fastest.
+    fn chunk(&self) -> usize {
+        64 * 1024
+    }
     /// Make the memory of the large ring ready, once, before its first use.
     fn prepare_large(&self);
     /// Note a total for the broker's accounting; see [`layout`] for the indices.

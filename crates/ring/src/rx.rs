@@ -144,11 +144,9 @@ impl<S: Store, V: View> Rx<S, V> {
             if self.view.word(at) != self.commit() {
                 return Ok(self.look_for_the_end());
             }
-            let header =
-                Header::decode(self.view.word(at + 8), self.place.to_end()).map_err(Fault::Header)?;
-            if header.trailer && self.view.word(at + trailer_at(header.len as usize)) != !self.commit() {
+            let Some(header) = self.header(self.place).map_err(Fault::Header)? else {
                 return Ok(Seen::Nothing);
-            }
+            };
             if header.kind == self.kind && (header.len > 0 || header.kind == Kind::Message) {
                 let (at, len) = (at + header.payload_at(), header.len as usize);
                 self.current = Some(Front { at, left: len, len, footprint: header.footprint() });
@@ -157,6 +155,31 @@ impl<S: Store, V: View> Rx<S, V> {
                 self.pass(header)?;
             }
         }
+    }
+
+    /// The header of the record at `place`, whose commit is there; `None` while not all of it is.
+    ///
+    /// Where records have trailers, their bytes come in no certain order: what stands beside the
+    /// commit may still be what lay there before, and counts only once the trailer is there too.
+    /// Bytes that never become a good record are then as if they had not come.
+    #[inline(always)]
+    fn header(&self, place: Place) -> Result<Option<Header>, HeaderFault> {
+        let (at, commit) = (place.at(), self.secret.wrapping_add(place.position));
+        let word = self.view.word(at + 8);
+        let decoded = Header::decode(word, place.to_end());
+        if !self.store.trailer() {
+            return match decoded? {
+                Header { trailer: true, .. } => Err(HeaderFault::Reserved(1)),
+                header => Ok(Some(header)),
+            };
+        }
+        let complete = |header: &Header| {
+            header.trailer
+                && self.view.word(at + trailer_at(header.len as usize)) == !commit
+                // What lay there may have been a header too, of another kind and as long.
+                && self.view.word(at + 8) == word
+        };
+        Ok(decoded.ok().filter(complete))
     }
 
     #[cold]
@@ -279,10 +302,7 @@ impl<S: Store, V: View> Rx<S, V> {
             {
                 return;
             }
-            let Ok(next) = Header::decode(self.view.word(at + 8), place.to_end()) else { return };
-            if next.trailer && self.view.word(at + trailer_at(next.len as usize)) != !commit {
-                return;
-            }
+            let Ok(Some(next)) = self.header(place) else { return };
             match next.kind {
                 Kind::Stream if !visit(at + next.payload_at(), next.len as usize) => return,
                 Kind::Stream => place.advance(next.footprint()),

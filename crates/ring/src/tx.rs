@@ -12,9 +12,6 @@ use crate::parts::Source;
 use crate::sync::{Ordering, fence};
 use crate::{Ring, Store, StoreFailed, View};
 
-/// Longest payload of one stream record, bytes: the receiver copies one while the sender fills the
-/// next. 64 KiB is where a ring of 2 MiB was fastest (docs/performance.md).
-const CHUNK: usize = 64 * 1024;
 /// A stream that sends this share of the small ring at once, or finds it full this often, moves to
 /// the large one.
 const GROW_SHARE: usize = 4;
@@ -120,7 +117,11 @@ impl<S: Store, V: View> Tx<S, V> {
         debug_assert!(!self.finished, "writing after finish");
         let len = source.left();
         let room = self.free().min(self.place.to_end());
-        if len == 0 || len > CHUNK || footprint(len, self.store.trailer()) > room || self.wants_to_grow(len) {
+        if len == 0
+            || len > self.store.chunk()
+            || footprint(len, self.store.trailer()) > room
+            || self.wants_to_grow(len)
+        {
             return self.write_stream_in_pieces(source);
         }
         // Most writes: one record, for which there is room.
@@ -136,7 +137,7 @@ impl<S: Store, V: View> Tx<S, V> {
         let grew = self.grow_for(asked)?;
         while source.left() > 0 {
             let Some(room) = self.room(source.left()) else { break };
-            let len = source.left().min(CHUNK).min(payload_in(room, self.store.trailer()));
+            let len = source.left().min(self.store.chunk()).min(payload_in(room, self.store.trailer()));
             self.put_payload(Kind::Stream, len, source)?;
             ring = self.look_for_sleeper(ring);
         }
@@ -279,7 +280,9 @@ impl<S: Store, V: View> Tx<S, V> {
     /// Contiguous room for the next record, worth using for `left` bytes.
     fn room(&mut self, left: usize) -> Option<usize> {
         let to_end = self.place.to_end();
-        let worth = footprint(left.min(CHUNK), self.store.trailer()).min(to_end).min(self.space_wanted());
+        let worth = footprint(left.min(self.store.chunk()), self.store.trailer())
+            .min(to_end)
+            .min(self.space_wanted());
         if self.free() < worth {
             self.look_for_credit();
             if self.free() < worth {

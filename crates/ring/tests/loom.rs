@@ -132,9 +132,10 @@ impl Store for End {
             }
         };
         if self.put {
-            // The kernel copies front to back; on the machines we have, in order.
+            // One copy by the kernel: its words are seen in any order, but all before the trailer,
+            // which is another.
+            word.store(commit, Ordering::Relaxed);
             second.store(header.encode(), Ordering::Relaxed);
-            word.store(commit, Ordering::Release);
             payload();
             memory.words[&(at + trailer_at(len))].store(!commit, Ordering::Release);
             return Ok(());

@@ -55,6 +55,17 @@ class Worker:
             raise self._failed(f"the worker said {message} where {key!r} was due")
         return message
 
+    def last_words(self, seconds: float) -> str | None:
+        """Return the error that it reports within so many seconds, if it lives and does."""
+        deadline = time.monotonic() + seconds
+        try:
+            while self._process.poll() is None:
+                if (error := self._hear(deadline).get("error")) is not None:
+                    return str(error)
+        except (WorkerError, OSError):
+            pass
+        return None
+
     def end(self) -> None:
         """Kill it; its child, if it has one, goes with it."""
         self._process.kill()

@@ -26,6 +26,8 @@ __all__ = ["Runner", "measure"]
 
 #: A run that takes this much longer than its phases is stuck.
 PATIENCE_S = 15
+#: How long the other ends of a failed run may take to say why, seconds.
+LAST_WORDS_S = 0.5
 
 #: What the two processes of a pair add to a run.
 PROCESS_S = 0.05
@@ -113,10 +115,15 @@ class Runner:
             try:
                 seats = self._seats(case, directory)
                 return self._converse(case, seats, line_us)
-            except BaseException:
+            except BaseException as error:
+                asked = seats if isinstance(error, WorkerError) else []
+                said = [words for seat in asked if (words := seat.worker.last_words(LAST_WORDS_S))]
                 for seat in seats:
                     self.pool.discard(seat.worker)
                 seats = []
+                if said:
+                    # One end's failure is often only the news of the other's.
+                    raise WorkerError("; the other end: ".join([str(error), *said])) from None
                 raise
             finally:
                 for seat in seats:

@@ -82,6 +82,36 @@ fn half_a_record_does_not_hide_the_death_of_its_sender() {
     }
 }
 
+/// The kernel copies a record in any order it likes: beside the commit may stand what lay there
+/// before, which may look like a header, even of a record as long.
+#[test]
+fn on_put_a_commit_beside_an_old_header_is_not_yet_a_record() {
+    let (connection, peer) = connection(Carrier::Put, SocketKind::Seqpacket);
+    let put = |at: usize, bytes: &[u8]| {
+        let piece = [memory::Piece::new(bytes.as_ptr(), bytes.len())];
+        // SAFETY: the piece is readable.
+        let written = unsafe { memory::write_at(peer.lane.as_fd(), &piece, at as u64) };
+        assert_eq!(written.expect("our inbox"), bytes.len());
+    };
+    let header = |kind, trailer, len| Header { kind, trailer, len }.encode().to_le_bytes();
+    put(SMALL_AT, &SECRET.to_ne_bytes());
+    let old = [
+        [0xfe; 8],
+        header(Kind::Message, false, 5),
+        header(Kind::Message, true, 60_000),
+        header(Kind::Message, true, 5),
+    ];
+    for old in old {
+        put(SMALL_AT + 8, &old);
+        let told = receive(&connection, &How::at_once());
+        assert!(matches!(told, Err(Error::WouldBlock { .. })), "{told:?}");
+    }
+    put(SMALL_AT + 8, &header(Kind::Message, true, 3));
+    put(SMALL_AT + 16, b"new");
+    put(SMALL_AT + 24, &(!SECRET).to_ne_bytes());
+    assert_eq!(receive(&connection, &limited(Wait::Adaptive, LIMIT)).expect("a whole record"), b"new");
+}
+
 /// A message that does not fit waits for more space than there is when its receiver dies.
 #[test]
 fn a_message_that_waits_for_space_hears_of_the_death_of_its_receiver() {
