@@ -53,6 +53,14 @@ pub struct Bell {
     gone: AtomicBool,
 }
 
+/// The two ends of a new bell.
+///
+/// # Errors
+/// No descriptors are left.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    packet::pair()
+}
+
 impl Bell {
     #[must_use]
     pub fn new(socket: OwnedFd) -> Self {

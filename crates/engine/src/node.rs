@@ -7,6 +7,7 @@
 //! broker the tickets of its connections.
 
 mod agent;
+mod spare;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,6 +27,7 @@ use crate::lane::Offer;
 use crate::listener::{Acceptor, Listener, Terms};
 use crate::lock;
 use crate::wait::How;
+use spare::Spare;
 
 /// The broker answers at once or after its own time-outs, which are shorter.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -92,6 +94,7 @@ pub struct Node {
     next_request: AtomicU32,
     acceptors: Mutex<HashMap<(u32, u32), Weak<dyn Acceptor>>>,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
+    spare: Spare,
     set: Set,
     wake: Flag,
     stopping: AtomicBool,
@@ -120,6 +123,7 @@ impl Node {
             next_request: AtomicU32::new(1),
             acceptors: Mutex::default(),
             connections: Mutex::default(),
+            spare: Spare::default(),
             set,
             wake,
             stopping: AtomicBool::new(false),
@@ -331,7 +335,8 @@ impl Node {
         may_retry: bool,
         then: Box<dyn FnOnce(Result<Arc<Connection>>) + Send>,
     ) {
-        let offer = match Offer::new(carrier, request.small, request.large) {
+        let shape = (carrier, request.small, request.large);
+        let offer = match self.spare.take(shape) {
             Ok(offer) => Arc::new(offer),
             Err(error) => return then(Err(error)),
         };
@@ -361,6 +366,7 @@ impl Node {
             }
         };
         self.ask_then(&message, &sent.descriptors(), Box::new(answered));
+        self.spare.prepare(shape);
     }
 
     fn connected(

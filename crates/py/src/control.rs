@@ -1,5 +1,7 @@
 //! Control messages and addresses, for the broker and for tests.
 
+use std::os::fd::IntoRawFd;
+
 use isthmus_wire::address::{self, Host};
 use isthmus_wire::control::{self, Carrier, MESSAGE_MAX, Message, Refusal, SocketKind, Value};
 use pyo3::exceptions::PyValueError;
@@ -89,6 +91,13 @@ pub fn parse_address<'py>(py: Python<'py>, text: &str) -> PyResult<Bound<'py, Py
 #[pyfunction]
 pub fn check_name(name: &str) -> PyResult<()> {
     address::check_name(name).map_err(|e| PyValueError::new_err(format!("name {name:?}: {e}")))
+}
+
+/// The two ends of a new connection's bell: descriptors of the caller's.
+#[pyfunction]
+pub fn bell_pair() -> PyResult<(i32, i32)> {
+    let (ours, theirs) = isthmus_engine::bell::pair()?;
+    Ok((ours.into_raw_fd(), theirs.into_raw_fd()))
 }
 
 /// The closed lists of the format, as frozensets of their words, and the refusals in wire order.

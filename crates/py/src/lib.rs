@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
-    use super::control::{check_name, control_decode, control_encode, parse_address};
+    use super::control::{bell_pair, check_name, control_decode, control_encode, parse_address};
 
     #[pymodule_export]
     use super::connection::{Connection, Datagram, Listener, Poller};

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::Mutex;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -40,48 +41,11 @@ impl Mapping {
         if len == 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let whole = if len < HUGE { len } else { len + HUGE };
-        // Reserve room for an aligned start, then place the file in it and give the rest back.
-        // SAFETY: a fresh anonymous mapping at an address the kernel chooses.
-        let room = unsafe {
-            rustix::mm::mmap_anonymous(std::ptr::null_mut(), whole, ProtFlags::empty(), MapFlags::PRIVATE)?
+        let base = match place_again(file, len, protection) {
+            Some(base) => base,
+            None => place(file, len, protection)?,
         };
-        let room_start = room as usize;
-        let start = if len < HUGE { room_start } else { (room_start + HUGE - 1) & !(HUGE - 1) };
-        let lead = start - room_start;
-        // SAFETY: the range lies in the reservation made above and nothing else is there.
-        let placed = unsafe {
-            rustix::mm::mmap(
-                room.byte_add(lead),
-                len,
-                protection,
-                MapFlags::SHARED | MapFlags::FIXED,
-                file,
-                0,
-            )
-        };
-        let base = match placed {
-            Ok(base) => base,
-            Err(error) => {
-                // SAFETY: the reservation is ours and unused.
-                let _ = unsafe { rustix::mm::munmap(room, whole) };
-                return Err(error.into());
-            }
-        };
-        let page = rustix::param::page_size();
-        let end = lead + len.next_multiple_of(page);
-        // SAFETY: the two ends of the reservation beside the file's mapping, unused.
-        unsafe {
-            if lead > 0 {
-                let _ = rustix::mm::munmap(room, lead);
-            }
-            if end < whole {
-                let _ = rustix::mm::munmap(room.byte_add(end), whole - end);
-            }
-        }
-        NonNull::new(base.cast())
-            .map(|base| Self { base, len })
-            .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+        NonNull::new(base).map(|base| Self { base, len }).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
     }
 
     #[must_use]
@@ -132,7 +96,72 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: made by `new`, and nobody holds a pointer into it any more.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        if self.len >= HUGE {
+            if let Ok(mut places) = PLACES.try_lock() {
+                if places.len() < PLACES_MAX {
+                    places.push(self.base.as_ptr() as usize);
+                }
+            }
+        }
     }
+}
+
+/// Where mappings began that are gone, at multiples of [`HUGE`]. The next one is tried there,
+/// which takes one call instead of four. Never waited for: a fork may copy it locked.
+static PLACES: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+const PLACES_MAX: usize = 64;
+
+fn place_again(file: BorrowedFd<'_>, len: usize, protection: ProtFlags) -> Option<*mut u8> {
+    if len < HUGE {
+        return None;
+    }
+    let start = PLACES.try_lock().ok()?.pop()?;
+    let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE;
+    // SAFETY: a new mapping, which the kernel refuses to put over anything that is there.
+    let placed = unsafe { rustix::mm::mmap(start as *mut _, len, protection, flags, file, 0) };
+    let base = placed.ok()?.cast::<u8>();
+    if base as usize % HUGE != 0 {
+        // Before Linux 4.17 the address is only a wish.
+        // SAFETY: made above, and nobody knows it yet.
+        let _ = unsafe { rustix::mm::munmap(base.cast(), len) };
+        return None;
+    }
+    Some(base)
+}
+
+/// Map `file` where there is room, from a multiple of [`HUGE`] if it is as long.
+fn place(file: BorrowedFd<'_>, len: usize, protection: ProtFlags) -> io::Result<*mut u8> {
+    let whole = if len < HUGE { len } else { len + HUGE };
+    // Reserve room for an aligned start, then place the file in it and give the rest back.
+    // SAFETY: a fresh anonymous mapping at an address the kernel chooses.
+    let room = unsafe {
+        rustix::mm::mmap_anonymous(std::ptr::null_mut(), whole, ProtFlags::empty(), MapFlags::PRIVATE)?
+    };
+    let room_start = room as usize;
+    let start = if len < HUGE { room_start } else { (room_start + HUGE - 1) & !(HUGE - 1) };
+    let lead = start - room_start;
+    let flags = MapFlags::SHARED | MapFlags::FIXED;
+    // SAFETY: the range lies in the reservation made above and nothing else is there.
+    let placed = unsafe { rustix::mm::mmap(room.byte_add(lead), len, protection, flags, file, 0) };
+    let base = match placed {
+        Ok(base) => base,
+        Err(error) => {
+            // SAFETY: the reservation is ours and unused.
+            let _ = unsafe { rustix::mm::munmap(room, whole) };
+            return Err(error.into());
+        }
+    };
+    let end = lead + len.next_multiple_of(rustix::param::page_size());
+    // SAFETY: the two ends of the reservation beside the file's mapping, unused.
+    unsafe {
+        if lead > 0 {
+            let _ = rustix::mm::munmap(room, lead);
+        }
+        if end < whole {
+            let _ = rustix::mm::munmap(room.byte_add(end), whole - end);
+        }
+    }
+    Ok(base.cast())
 }
 
 #[cfg(test)]
@@ -140,6 +169,24 @@ mod tests {
     use super::*;
     use crate::memory;
     use std::os::fd::AsFd;
+
+    #[test]
+    fn a_place_that_was_given_back_serves_again_and_only_if_it_is_free() {
+        let len = 2 * HUGE;
+        let file = memory::create(c"test", len).expect("memfd");
+        for _ in 0..3 {
+            drop(Mapping::writable(file.as_fd(), len).expect("map"));
+        }
+        let held: Vec<_> =
+            (0..4).map(|_| Mapping::writable(file.as_fd(), len).expect("map").base() as usize).collect();
+        assert!(held.iter().all(|base| base % HUGE == 0));
+        // Somebody else took the place meanwhile.
+        let taken = Mapping::writable(file.as_fd(), len).expect("map");
+        PLACES.lock().expect("places").push(taken.base() as usize);
+        let other = Mapping::writable(file.as_fd(), len).expect("map");
+        assert_ne!(other.base(), taken.base());
+        assert_eq!(other.base() as usize % HUGE, 0);
+    }
 
     #[test]
     fn sealed_memory_stays_writable_for_its_owner_alone() {

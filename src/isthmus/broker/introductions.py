@@ -11,10 +11,11 @@ Format: docs/formats/control.md.
 from __future__ import annotations
 
 import os
-import socket
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from isthmus._native import bell_pair
 
 from .answers import Refuse, bounded, shown
 from .attachment import Attachment, OutOfDescriptors
@@ -124,33 +125,34 @@ class Introductions:
         )
         opener, accepter = connection.opener, connection.accepter
         try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            ours, theirs = bell_pair()
         except OSError as error:
             raise Refuse("limit-reached", f"the broker is out of descriptors: {error.strerror}") from None
         secret = int.from_bytes(os.urandom(8), "little") | 1
-        with theirs:
-            try:
-                listener.send(
-                    "incoming",
-                    0,
-                    (descriptors.fds[0], theirs.fileno()),
-                    connection=number,
-                    secret=secret,
-                    **{"from": source.number},
-                    from_name=source.name,
-                    from_port=opener.port,
-                    port=port,
-                    partner=binding.partner,
-                    kind=kind,
-                    carrier=carrier,
-                    small=small,
-                    large=large,
-                    why=connection.why,
-                    ticket=self._ticket(connection, "accepter"),
-                )
-            except BaseException:
-                ours.close()
-                raise
+        try:
+            listener.send(
+                "incoming",
+                0,
+                (descriptors.fds[0], theirs),
+                connection=number,
+                secret=secret,
+                **{"from": source.number},
+                from_name=source.name,
+                from_port=opener.port,
+                port=port,
+                partner=binding.partner,
+                kind=kind,
+                carrier=carrier,
+                small=small,
+                large=large,
+                why=connection.why,
+                ticket=self._ticket(connection, "accepter"),
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
         opener.hold(memory)
         opener.counters = counters
         opener.belong_to(attachment)
@@ -162,7 +164,7 @@ class Introductions:
         source.wait_for(destination, 1)
         destination.wait_for(source, 1)
         deadline = self._broker.loop.time() + ANSWER_S
-        connection.pending = Pending(request, binding, ours.detach(), secret, small, large, deadline)
+        connection.pending = Pending(request, binding, ours, secret, small, large, deadline)
         binding.waiting.add(connection)
         self.connections[number] = connection
         self._pending.append(connection)

@@ -12,7 +12,6 @@ use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 use super::{Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
 use crate::connection::{Info, key};
 use crate::error::{Error, Result};
-use crate::lane::Offer;
 use crate::lock;
 
 /// First and longest pause between attempts to reach a broker that went away.
@@ -30,8 +29,12 @@ impl Node {
         let mut events = Vec::new();
         while !self.stopping.load(Ordering::Acquire) {
             events.clear();
-            if self.set.wait(None, &mut events).is_err() {
+            let limit = self.spare.left();
+            if self.set.wait(limit, &mut events).is_err() {
                 continue;
+            }
+            if limit.is_some() && events.is_empty() {
+                self.spare.let_go();
             }
             for (token, ready) in &events {
                 match *token {
@@ -144,13 +147,15 @@ impl Node {
             large: terms.large,
             theirs: (small, large),
         };
-        let offer = Offer::new(carrier, terms.small, terms.large).map_err(|_| Refusal::LimitReached)?;
+        let shape = (carrier, terms.small, terms.large);
+        let offer = self.spare.take(shape).map_err(|_| Refusal::LimitReached)?;
         let joined = self.join(&offer, info, descriptors, (small, large), secret);
         let joined = joined.map_err(|_| Refusal::BadRequest)?;
         let accept = Message::Accept { connection, small: terms.small, large: terms.large };
         if self.tell(0, &accept, &offer.descriptors()).is_ok() {
             acceptor.incoming(joined);
         }
+        self.spare.prepare(shape);
         Ok(())
     }
 
