@@ -19,14 +19,25 @@ SECRET, POSITION = 0x0123456789ABCDEF, 640
 U64 = 2**64 - 1
 
 
+def trailer(commit: int, made: bytes, length: int) -> int:
+    if length > 256:
+        return ~commit & U64
+    factor, total = ((commit << 32 | commit >> 32) & U64) | 1, commit
+    for (word,) in struct.iter_unpack("<Q", made[8:]):
+        product = (total ^ word) * factor
+        total = (product & U64) ^ (product >> 64)
+    return ~total & U64
+
+
 def record(carrier: str, kind: str, length: int, commit: int) -> bytes:
     """A record as docs/formats/lane.md draws it, in a fresh ring."""
-    trailer = carrier == "put"
+    put = carrier == "put"
     payload = bytes(i * 7 % 251 for i in range(length))
-    made = struct.pack("<QIBBH", commit, length, KINDS[kind], trailer, 0)
+    made = struct.pack("<QIBBH", commit, length, KINDS[kind], put, 0)
     made += bytes((16 if length <= 1024 else 64) - len(made)) + payload
-    if trailer:
-        made += bytes(-len(made) % 8) + struct.pack("<Q", ~commit & U64)
+    if put:
+        made += bytes(-len(made) % 8)
+        made += struct.pack("<Q", trailer(commit, made, length))
     return made + bytes(-len(made) % 64)
 
 

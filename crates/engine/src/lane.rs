@@ -14,7 +14,9 @@ use isthmus_ring::{Dest, Geometry, Mapped, Region, Rx, Source, Store, StoreFaile
 use isthmus_sys::mapping::Mapping;
 use isthmus_sys::memory::{self, Piece};
 use isthmus_wire::control::{Carrier, SocketKind};
-use isthmus_wire::record::{ALIGN, HEADER, Header, Kind, TRAILER, payload_at, trailer_at};
+use isthmus_wire::record::{
+    ALIGN, COVERED_MAX, HEADER, Header, Kind, TRAILER, payload_at, trailer_at, trailer_word,
+};
 
 use crate::error::{Error, Result};
 
@@ -358,8 +360,9 @@ impl Store for AnyStore {
 
 /// The peer's inbox, reached through a write-only descriptor.
 ///
-/// `pwritev` writes its pieces in order, so the header is there before the payload: a record ends
-/// with a trailer word instead, which the receiver waits for.
+/// The kernel copies a piece in any order it likes, and pieces one after the other. So a record ends
+/// with a trailer word, which the receiver waits for: a piece of its own, or, in a short record of
+/// one piece, the sum of the others.
 pub struct PutStore {
     file: Arc<OwnedFd>,
     counters: Mapped,
@@ -393,7 +396,7 @@ impl PutStore {
         source: &mut Source<'_>,
     ) -> std::result::Result<(), StoreFailed> {
         let len = header.len as usize;
-        if len <= SHORT {
+        if len <= COVERED_MAX {
             return self.short_record(at, commit, header, source);
         }
         let mut front = [0u8; ALIGN];
@@ -429,8 +432,8 @@ impl PutStore {
         self.pieces(at, &pieces[..=count])
     }
 
-    /// Header and payload copied together first: each piece costs the kernel more than the copy of
-    /// a few lines. The trailer stays a piece of its own, because only pieces are written in order.
+    /// All in one piece, copied together first: each piece costs the kernel more than the copy of a
+    /// few lines. Its trailer covers all of it, so nothing depends on the order.
     fn short_record(
         &self,
         at: usize,
@@ -438,26 +441,27 @@ impl PutStore {
         header: Header,
         source: &mut Source<'_>,
     ) -> std::result::Result<(), StoreFailed> {
-        let len = header.len as usize;
-        let mut front = [0u8; HEADER + SHORT + TRAILER];
-        front[..8].copy_from_slice(&commit.to_ne_bytes());
-        front[8..HEADER].copy_from_slice(&header.encode().to_le_bytes());
-        let mut to = front[HEADER..].as_mut_ptr();
+        let (len, header) = (header.len as usize, header.encode());
+        let end = trailer_at(len);
+        let mut record = [0u8; HEADER + COVERED_MAX + TRAILER];
+        record[..8].copy_from_slice(&commit.to_ne_bytes());
+        record[8..HEADER].copy_from_slice(&header.to_le_bytes());
+        let mut to = record[HEADER..].as_mut_ptr();
         source.take(len, |start, piece| {
-            // SAFETY: the pieces add up to `len`, at most `SHORT`; the caller's buffer is not ours.
+            // SAFETY: the pieces add up to `len`, at most `COVERED_MAX`; the caller's buffer is not
+            // ours.
             unsafe {
                 std::ptr::copy_nonoverlapping(start, to, piece);
                 to = to.add(piece);
             }
         });
-        let back = (!commit).to_ne_bytes();
-        let pieces = [Piece::new(front.as_ptr(), trailer_at(len)), Piece::new(back.as_ptr(), TRAILER)];
-        self.pieces(at, &pieces)
+        let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_ne_bytes);
+        let words = record[HEADER..end].chunks_exact(8).map(word);
+        let trailer = trailer_word(commit, header, Some(words));
+        record[end..end + TRAILER].copy_from_slice(&trailer.to_ne_bytes());
+        self.write(at, &record[..end + TRAILER])
     }
 }
-
-/// Records of at most so many bytes of payload are written in two pieces.
-const SHORT: usize = 256;
 
 /// What a short write to a file of fixed size means: there was no memory for its pages.
 const ENOSPC: i32 = 28;

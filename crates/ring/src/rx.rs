@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use isthmus_wire::record::{ALIGN, Header, HeaderFault, Kind, trailer_at};
+use isthmus_wire::record::{ALIGN, COVERED_MAX, HEADER, Header, HeaderFault, Kind, trailer_at, trailer_word};
 
 use crate::layout::{
     ARM_DATA, ARM_SPACE, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, CPU, CREDIT, CREDIT_SHARE, FIN, Geometry,
@@ -174,10 +174,13 @@ impl<S: Store, V: View> Rx<S, V> {
             };
         }
         let complete = |header: &Header| {
+            let (len, end) = (header.len as usize, trailer_at(header.len as usize));
+            let covered = len <= COVERED_MAX;
+            let words = covered.then(|| (HEADER..end).step_by(8).map(|word| self.view.word(at + word)));
             header.trailer
-                && self.view.word(at + trailer_at(header.len as usize)) == !commit
+                && self.view.word(at + end) == trailer_word(commit, word, words)
                 // What lay there may have been a header too, of another kind and as long.
-                && self.view.word(at + 8) == word
+                && (covered || self.view.word(at + 8) == word)
         };
         Ok(decoded.ok().filter(complete))
     }

@@ -20,7 +20,9 @@ use isthmus_ring::layout::{
 };
 use isthmus_ring::sync::{AtomicU32, AtomicU64, Ordering};
 use isthmus_ring::{Dest, Geometry, Ring, Rx, Seen, Source, Store, StoreFailed, Tx, View};
-use isthmus_wire::record::{ALIGN, Header, Kind, footprint, payload_at, trailer_at};
+use isthmus_wire::record::{
+    ALIGN, COVERED_MAX, Header, Kind, footprint, payload_at, trailer_at, trailer_word,
+};
 use loom::cell::UnsafeCell;
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
@@ -137,7 +139,11 @@ impl Store for End {
             word.store(commit, Ordering::Relaxed);
             second.store(header.encode(), Ordering::Relaxed);
             payload();
-            memory.words[&(at + trailer_at(len))].store(!commit, Ordering::Release);
+            // Payloads are cells and not words: what the trailer covers of them is taken to be 0.
+            let words =
+                (len <= COVERED_MAX).then(|| (payload_at(len)..trailer_at(len)).step_by(8).map(|_| 0));
+            let trailer = trailer_word(commit, header.encode(), words);
+            memory.words[&(at + trailer_at(len))].store(trailer, Ordering::Release);
             return Ok(());
         }
         match memory.order {
@@ -168,7 +174,7 @@ impl Store for End {
 
 impl View for End {
     fn word(&self, at: usize) -> u64 {
-        self.memory.words[&at].load(Ordering::Acquire)
+        self.memory.words.get(&at).map_or(0, |word| word.load(Ordering::Acquire))
     }
 
     fn half(&self, at: usize) -> u32 {

@@ -17,6 +17,10 @@ pub const INLINE_MAX: usize = 1024;
 /// Behind the payload of a record whose carrier cannot order header after payload.
 pub const TRAILER: usize = 8;
 
+/// The trailer of a payload of at most so many bytes covers all of the record: it may be written
+/// in one piece, whose words become visible in any order.
+pub const COVERED_MAX: usize = 256;
+
 /// What a record is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -137,6 +141,24 @@ pub fn trailer_at(len: usize) -> usize {
     payload_at(len).saturating_add(len).saturating_add(TRAILER - 1) & !(TRAILER - 1)
 }
 
+/// The trailer of a record with this commit and this header word.
+///
+/// `words` are all between the header and the trailer, the last one filled up with zeros; they
+/// count in records of at most [`COVERED_MAX`] bytes. The trailer of a longer one only follows its
+/// payload. Whoever chose the bytes that lay there before, or the payload, does not know the
+/// commit, and cannot choose them so that a mixture of both passes for the record.
+#[inline]
+#[must_use]
+pub fn trailer_word(commit: u64, header: u64, words: Option<impl Iterator<Item = u64>>) -> u64 {
+    let Some(words) = words else { return !commit };
+    let factor = u128::from(commit.rotate_left(32) | 1);
+    let fold = |sum: u64, word: u64| {
+        let product = u128::from(sum ^ word) * factor;
+        product as u64 ^ (product >> 64) as u64
+    };
+    !words.fold(fold(commit, header), fold)
+}
+
 /// The longest payload whose record fits `room` bytes of ring (a multiple of [`ALIGN`], not 0).
 #[must_use]
 pub fn payload_in(room: usize, trailer: bool) -> usize {
@@ -177,7 +199,10 @@ mod tests {
             let payload = &bytes[header.payload_at()..][..len as usize];
             assert!(payload.iter().enumerate().all(|(i, byte)| usize::from(*byte) == i * 7 % 251));
             if header.trailer {
-                assert_eq!(word(trailer_at(len as usize)), !word(0));
+                let end = trailer_at(len as usize);
+                let covered = len as usize <= COVERED_MAX;
+                let words = covered.then(|| (HEADER..end).step_by(8).map(word));
+                assert_eq!(word(end), trailer_word(word(0), word(8), words));
             }
         }
     }
@@ -201,6 +226,22 @@ mod tests {
             prop_assert!(footprint(most, trailer) <= room);
             // Between 1024 and 1072 bytes one byte more costs a whole line, which may still fit.
             prop_assert!(footprint(most + 1, trailer) > room || most == INLINE_MAX);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_mixture_of_two_records_has_no_trailer_of_either(
+            old in proptest::collection::vec(any::<u64>(), 9),
+            new in proptest::collection::vec(any::<u64>(), 9),
+            from_old: u16,
+            commit: u64,
+        ) {
+            let mixed: Vec<u64> =
+                (0..9).map(|i| if from_old >> i & 1 == 1 { old[i] } else { new[i] }).collect();
+            let trailer =
+                |words: &[u64]| trailer_word(commit, words[0], Some(words[1..].iter().copied()));
+            prop_assert_eq!(trailer(&mixed) == trailer(&new), mixed == new);
         }
     }
 

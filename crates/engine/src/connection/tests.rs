@@ -8,7 +8,7 @@ use isthmus_ring::layout::{ARM_DATA, SMALL_AT};
 use isthmus_ring::{Mapped, Ring, View};
 use isthmus_sys::{memory, packet};
 use isthmus_wire::control::{Carrier, SocketKind, TICKET};
-use isthmus_wire::record::{Header, Kind};
+use isthmus_wire::record::{Header, Kind, trailer_word};
 
 use super::{Connection, Info};
 use crate::error::Error;
@@ -106,9 +106,18 @@ fn on_put_a_commit_beside_an_old_header_is_not_yet_a_record() {
         let told = receive(&connection, &How::at_once());
         assert!(matches!(told, Err(Error::WouldBlock { .. })), "{told:?}");
     }
-    put(SMALL_AT + 8, &header(Kind::Message, true, 3));
-    put(SMALL_AT + 16, b"new");
-    put(SMALL_AT + 24, &(!SECRET).to_ne_bytes());
+    let mut words = [header(Kind::Message, true, 3), *b"new\0\0\0\0\0", [0; 8]];
+    let [first, second] = [0, 1].map(|i| u64::from_ne_bytes(words[i]));
+    words[2] = trailer_word(SECRET, first, Some([second].into_iter())).to_ne_bytes();
+    // Each word but one, whichever it is.
+    for missing in 0..3 {
+        for (i, word) in words.iter().enumerate() {
+            put(SMALL_AT + 8 + 8 * i, if i == missing { &[0xfe; 8] } else { word });
+        }
+        let told = receive(&connection, &How::at_once());
+        assert!(matches!(told, Err(Error::WouldBlock { .. })), "{told:?}");
+    }
+    put(SMALL_AT + 24, &words[2]);
     assert_eq!(receive(&connection, &limited(Wait::Adaptive, LIMIT)).expect("a whole record"), b"new");
 }
 
