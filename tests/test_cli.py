@@ -255,6 +255,18 @@ def test_the_doctor_looks_behind_the_door(
     assert [f.state for f in doctor.check_broker(tmp_path)] == ["ok", "fail"]
 
 
+@pytest.mark.parametrize("allowed", ["0", "1"])
+def test_the_doctor_knows_how_a_receiver_could_hold_up_its_sender(
+    monkeypatch: pytest.MonkeyPatch, allowed: str
+) -> None:
+    monkeypatch.delenv("ISTHMUS_DOOR", raising=False)
+    monkeypatch.setattr(doctor, "_read", lambda _: allowed)
+    assert [f.state for f in doctor.check_stalls()] == ["warn" if allowed == "1" else "ok"]
+    monkeypatch.setenv("ISTHMUS_DOOR", "/doors/a")
+    monkeypatch.setattr(os, "access", lambda path, _: path == "/dev/fuse")
+    assert "/dev/fuse" in [*doctor.check_stalls()][-1].what
+
+
 def test_the_doctor_outlives_a_check_that_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check_nothing() -> Iterator[doctor.Finding]:
         raise PermissionError("not here")

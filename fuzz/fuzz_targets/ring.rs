@@ -10,8 +10,8 @@ use arbitrary::Arbitrary;
 use isthmus_ring::layout::{
     ARM_DATA, ARM_SPACE, CPU, CREDIT, CREDIT_CHECK, FIN, LARGE_AT, RECEIVE_STATE, SMALL_AT, fin_word,
 };
-use isthmus_ring::{Dest, Geometry, Mapped, Region, Rx, Seen, Source, Tx};
-use isthmus_wire::record::{Header, Kind};
+use isthmus_ring::{Dest, Geometry, Mapped, Region, Rx, Seen, Source, Store, StoreFailed, Tx};
+use isthmus_wire::record::{COVERED_MAX, Header, Kind, payload_at, trailer_at, trailer_word};
 use libfuzzer_sys::fuzz_target;
 
 const SECRET: u64 = 0x1234_5678_9abc_def1;
@@ -83,6 +83,8 @@ enum Step {
 #[derive(Arbitrary, Debug)]
 struct Script {
     messages: bool,
+    /// Records with trailers, as `put` writes them.
+    put: bool,
     small_pages: u8,
     large_pages: u8,
     steps: Vec<Step>,
@@ -118,14 +120,68 @@ fn lie(memory: &Region, word: Word, value: Value) {
     }
 }
 
+/// A store that writes records as the kernel does for `put`.
+struct Put(Mapped);
+
+impl Store for Put {
+    fn trailer(&self) -> bool {
+        true
+    }
+
+    fn word(&self, at: usize, value: u64) -> Result<(), StoreFailed> {
+        self.0.word(at, value)
+    }
+
+    fn half(&self, at: usize, value: u32) -> Result<(), StoreFailed> {
+        self.0.half(at, value)
+    }
+
+    fn record(
+        &self,
+        at: usize,
+        commit: u64,
+        header: Header,
+        source: &mut Source<'_>,
+    ) -> Result<(), StoreFailed> {
+        let (len, end) = (header.len as usize, trailer_at(header.len as usize));
+        let mut payload = vec![0; end - payload_at(len)];
+        let mut filled = 0;
+        source.take(len, |from, piece| {
+            // SAFETY: the pieces add up to `len`.
+            unsafe { std::ptr::copy_nonoverlapping(from, payload[filled..].as_mut_ptr(), piece) };
+            filled += piece;
+        });
+        let words: Vec<u64> =
+            payload.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().expect("8"))).collect();
+        let covered = (len <= COVERED_MAX).then_some(words.iter().copied());
+        let trailer = trailer_word(commit, header.encode(), covered);
+        for (i, word) in words.iter().enumerate() {
+            self.word(at + payload_at(len) + 8 * i, *word)?;
+        }
+        self.word(at + 8, header.encode())?;
+        self.word(at, commit)?;
+        self.word(at + end, trailer)
+    }
+
+    fn prepare_large(&self) {}
+
+    fn counter(&self, index: usize, value: u64) {
+        self.0.counter(index, value);
+    }
+}
+
 fuzz_target!(|script: Script| {
+    if script.put { play(script, |region| Put(Mapped::new(region))) } else { play(script, Mapped::new) }
+});
+
+fn play<S: Store>(script: Script, store: impl Fn(Region) -> S) {
     let pages = |n: u8, most: u32| u32::from(n) % most * 4096;
     let small = 4096 + pages(script.small_pages, 4);
     let geometry = Geometry::new(small, pages(script.large_pages, 9)).expect("good sizes");
     let kind = if script.messages { Kind::Message } else { Kind::Stream };
     let (forth, back) = (memory(geometry), memory(geometry));
-    let mut tx = Tx::new(Mapped::new(forth.clone()), Mapped::new(back.clone()), geometry, SECRET);
-    let mut rx = Rx::new(Mapped::new(back.clone()), Mapped::new(forth.clone()), geometry, SECRET, kind);
+    let mut tx = Tx::new(store(forth.clone()), Mapped::new(back.clone()), geometry, SECRET);
+    let mut rx = Rx::new(store(back.clone()), Mapped::new(forth.clone()), geometry, SECRET, kind);
     let mut honest = true;
     let mut bytes: VecDeque<u8> = VecDeque::new();
     let mut messages: VecDeque<Vec<u8>> = VecDeque::new();
@@ -233,4 +289,4 @@ fuzz_target!(|script: Script| {
     if honest && tx.finished() {
         assert_eq!(rx.look() == Ok(Seen::End), bytes.is_empty() && messages.is_empty());
     }
-});
+}

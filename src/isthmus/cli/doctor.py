@@ -204,6 +204,21 @@ def _read(path: str) -> str | None:
         return None
 
 
+def check_stalls() -> Iterator[Finding]:
+    """What lets a receiver hold up its sender where the kernel copies: docs/howto/strict.md."""
+    name = "strict receivers"
+    ways = []
+    if _read("/proc/sys/vm/unprivileged_userfaultfd") == "1":
+        ways.append(("every program may use userfaultfd", "sysctl vm.unprivileged_userfaultfd=0"))
+    if door_from_environment() is not None:
+        devices = [path for path in ("/dev/userfaultfd", "/dev/fuse") if os.access(path, os.R_OK | os.W_OK)]
+        ways += [(f"this container has {path}", f"run it without {path}") for path in devices]
+    for what, do in ways:
+        yield Finding(name, "warn", f"{what}: a receiver can hold up its sender on strict connections", do)
+    if not ways:
+        yield Finding(name, "ok", "nothing found by which they could hold up their senders")
+
+
 def check_namespaces() -> Iterator[Finding]:
     """Needed for isolated neighbours that an ordinary user makes, as in the demo; not for a broker."""
     tool = shutil.which("unshare")
@@ -257,6 +272,7 @@ CHECKS: tuple[Check, ...] = (
     check_thp,
     check_descriptors,
     check_neighbours,
+    check_stalls,
     check_namespaces,
 )
 
@@ -284,6 +300,7 @@ def doctor(ctx: click.Context, as_json: bool, directory: str | None) -> None:
     if wants_json(ctx, as_json):
         say_json([asdict(finding) for finding in found])
     else:
-        table(None, ("", "check", "what", "what to do"), ((f.state, f.check, f.what, f.do) for f in found))
+        rows = ((f.state, f.check, f"{f.what}\n-> {f.do}" if f.do else f.what) for f in found)
+        table(None, ("", "check", "what, and what to do about it"), rows)
     if any(finding.state == "fail" for finding in found):
         ctx.exit(EXIT_FAILED)
