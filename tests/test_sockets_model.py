@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-#: Bytes on their way in one direction, at most: both kinds of sockets take so much at any time. A message that
-#: would pass the end of its ring begins anew, so a ring is twice as large.
+#: Bytes on their way in one direction, at most: both kinds of sockets take so much at any time. A message
+#: that would pass the end of its ring begins anew, so a ring is twice as large.
 WINDOW = 4096
 #: What a message is reckoned to take beside its bytes.
 OVERHEAD = 64

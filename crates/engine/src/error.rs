@@ -55,7 +55,16 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoBroker { door, source } => {
-                write!(f, "no broker answers at {door} ({source}). Start one: isthmus broker")
+                let hint = match source.kind() {
+                    io::ErrorKind::PermissionDenied => {
+                        "This user may not use this door; the operator says whose it is: isthmus domain add"
+                    }
+                    io::ErrorKind::NotFound => {
+                        "In a container, mount the door's directory; on the node, start one: isthmus broker"
+                    }
+                    _ => "Start one: isthmus broker",
+                };
+                write!(f, "no broker answers at {door} ({source}). {hint}")
             }
             Self::BrokerLost => {
                 f.write_str("the broker went away; established connections live on, ask again")

@@ -71,7 +71,7 @@ def _show_node(answer: dict[str, Any]) -> None:
         ">number",
         "domain",
         "group",
-        ">programs",
+        ">attachments",
         ">ports",
         ">connections",
         ">lanes",
@@ -86,8 +86,7 @@ def _show_node(answer: dict[str, Any]) -> None:
         if left > 0:
             click.echo(f"and {left} more")
     if answer["refused"] or answer["cut"]:
-        refused = "  ".join(f"{name} {count}" for name, count in answer["refused"].items())
-        click.echo(f"\nrefused: {refused or 'none'}   cut: {answer['cut']}")
+        click.echo(f"\nrefused: {_counts(answer['refused'])}   cut: {answer['cut']}")
 
 
 def _show_domain(domain: dict[str, Any]) -> None:
@@ -113,6 +112,12 @@ def _show_domain(domain: dict[str, Any]) -> None:
             for path, t in domain["traffic"].items()
         )
         table(None, ("path", ">connections", ">sent", ">received"), rows_)
+    if domain["refused"]:
+        click.echo(f"\nrefused: {_counts(domain['refused'])}")
+
+
+def _counts(refused: dict[str, int]) -> str:
+    return "  ".join(f"{name} {count}" for name, count in refused.items()) or "none"
 
 
 def _show_connections(connections: list[dict[str, Any]], *, with_domain: bool) -> None:
