@@ -520,6 +520,10 @@ impl Connection {
     }
 
     fn wait_for_data(&self, mut side: MutexGuard<'_, RxSide>, how: &How<'_>) -> Result<()> {
+        // Also when a record has begun and nobody spun for the rest of it.
+        if how.expired() {
+            return Err(Error::TimedOut { done: 0 });
+        }
         let RxSide { rx, asleep, told_cpu, .. } = &mut *side;
         if how.wait == crate::wait::Wait::Spin {
             let ring = rx.settle();
@@ -666,7 +670,9 @@ impl Connection {
             self.ring(ring);
             let RxSide { rx, spin: budget, .. } = &mut *side;
             let peer_cpu = rx.peer_cpu();
-            if spin(crate::Wait::Adaptive, budget, peer_cpu, 0, |_| !rx.quiet()) {
+            // A record that has begun may be long in coming: only a whole one is something.
+            let something = |_| !rx.quiet() && !matches!(rx.look(), Ok(Seen::Nothing));
+            if spin(crate::Wait::Adaptive, budget, peer_cpu, 0, something) {
                 return Ok(true);
             }
         }

@@ -335,8 +335,17 @@ impl Node {
         may_retry: bool,
         then: Box<dyn FnOnce(Result<Arc<Connection>>) + Send>,
     ) {
+        if self.generation != cpu::generation() {
+            return then(Err(Error::Forked));
+        }
         let shape = (carrier, request.small, request.large);
-        let offer = match self.spare.take(shape) {
+        // The second try of one connection is no burst.
+        let offer = if may_retry {
+            self.spare.take(shape)
+        } else {
+            Offer::new(carrier, request.small, request.large)
+        };
+        let offer = match offer {
             Ok(offer) => Arc::new(offer),
             Err(error) => return then(Err(error)),
         };
@@ -366,7 +375,9 @@ impl Node {
             }
         };
         self.ask_then(&message, &sent.descriptors(), Box::new(answered));
-        self.spare.prepare(shape);
+        if may_retry {
+            self.spare.prepare(shape);
+        }
     }
 
     fn connected(

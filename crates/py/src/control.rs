@@ -4,7 +4,7 @@ use std::os::fd::IntoRawFd;
 
 use isthmus_wire::address::{self, Host};
 use isthmus_wire::control::{self, Carrier, MESSAGE_MAX, Message, Refusal, SocketKind, Value};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyFrozenSet, PyString, PyTuple};
 
@@ -93,10 +93,11 @@ pub fn check_name(name: &str) -> PyResult<()> {
     address::check_name(name).map_err(|e| PyValueError::new_err(format!("name {name:?}: {e}")))
 }
 
-/// The two ends of a new connection's bell: descriptors of the caller's.
+/// The two ends of a new connection's bell: descriptors of the caller's. OSError if there are none.
 #[pyfunction]
 pub fn bell_pair() -> PyResult<(i32, i32)> {
-    let (ours, theirs) = isthmus_engine::bell::pair()?;
+    let (ours, theirs) = isthmus_engine::bell::pair()
+        .map_err(|error| PyOSError::new_err((error.raw_os_error(), error.to_string())))?;
     Ok((ours.into_raw_fd(), theirs.into_raw_fd()))
 }
 

@@ -12,9 +12,12 @@ from isthmus.bench import machine, native
 __all__ = ["Calm"]
 
 #: How long a run waits at most.
-PATIENCE_S, QUICK_PATIENCE_S = 1.0, 0.05
+PATIENCE_S, QUICK_PATIENCE_S = 3.0, 0.05
 
-#: Cores count as near while a line takes at most this many times the least it took.
+#: A line that takes no longer comes from the other thread of one core, microseconds: the two share what a
+#: core can copy, and whatever keeps both busy has half of it.
+ONE_CORE_US = 0.05
+#: Cores count as near while a line takes at most this many times the least it took between two cores.
 NEAR = 1.5
 
 #: How long others are watched, and what part of the machine they may be using. `/proc/stat` counts 10 ms.
@@ -45,13 +48,14 @@ class Calm:
         """Wait a moment if need be; return what a cache line takes from core to core now, in microseconds.
 
         A virtual machine's processors move: two that share a cache now may not in a second, and then a line
-        takes four times as long and everything that goes through memory is ten times slower.
+        takes four times as long and everything that goes through memory is ten times slower; or they may be
+        the two threads of one core.
         """
         touch_memory()
         until = time.monotonic() + (QUICK_PATIENCE_S if self._quick else PATIENCE_S)
         while True:
             line_us = self._line_us()
-            calm = line_us is None or line_us <= NEAR * self._best_line_us
+            calm = line_us is None or ONE_CORE_US < line_us <= NEAR * self._best_line_us
             if (calm and (self._quick or others_are_idle())) or time.monotonic() >= until:
                 return line_us
             time.sleep(0.01)
@@ -61,7 +65,8 @@ class Calm:
         if self._cpus is None or native.missing() is not None:
             return None
         found = native.cacheline(0.002, self._cpus)["p50_us"] or math.inf
-        self._best_line_us = min(self._best_line_us, found)
+        if found > ONE_CORE_US:
+            self._best_line_us = min(self._best_line_us, found)
         return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.bench.calm import ONE_CORE_US
 from isthmus.bench.cases import CLIENTS
 from isthmus.bench.records import Record
 
@@ -77,11 +78,14 @@ def _warnings(records: Sequence[Record]) -> list[str]:
             f"Others used {foreign:.0%} of the machine meanwhile (median): repeat this when they do not."
         )
     lines = [line for record in records for line in record.detail.get("line_us", ()) if line]
-    if lines and max(lines) > 2 * min(lines):
-        far = sum(line > 2 * min(lines) for line in lines) / len(lines)
+    one_core = sum(line <= ONE_CORE_US for line in lines)
+    near = min((line for line in lines if line > ONE_CORE_US), default=0.0)
+    far = sum(line > 2 * near for line in lines if line > ONE_CORE_US)
+    if one_core or far:
         found.append(
-            f"This machine's processors move: its cores were {min(lines):.3f} µs apart at best, more than "
-            f"twice that before {far:.0%} of the runs."
+            f"This machine's processors move: two cores were {near:.3f} µs apart at best, more than twice "
+            f"that before {far / len(lines):.0%} of the runs, and one core's two threads before "
+            f"{one_core / len(lines):.0%}."
         )
     return found
 

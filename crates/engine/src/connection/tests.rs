@@ -82,6 +82,21 @@ fn half_a_record_does_not_hide_the_death_of_its_sender() {
     }
 }
 
+/// Its sender lives, and never goes on.
+#[test]
+fn half_a_record_does_not_hold_its_receiver_beyond_its_time() {
+    for wait in [Wait::Adaptive, Wait::Spin, Wait::Block] {
+        let (connection, peer) = connection(Carrier::Put, SocketKind::Stream);
+        let piece = [memory::Piece::new(SECRET.to_ne_bytes().as_ptr(), 8)];
+        // SAFETY: the piece is readable.
+        let written = unsafe { memory::write_at(peer.lane.as_fd(), &piece, SMALL_AT as u64) };
+        assert_eq!(written.expect("our inbox"), 8);
+        let told = receive(&connection, &limited(wait, Duration::from_millis(50)));
+        assert!(matches!(told, Err(Error::TimedOut { .. })), "{wait:?}: {told:?}");
+        assert!(!connection.spin_then_park().expect("a lane"), "{wait:?}: half a record is nothing");
+    }
+}
+
 /// The kernel copies a record in any order it likes: beside the commit may stand what lay there
 /// before, which may look like a header, even of a record as long.
 #[test]

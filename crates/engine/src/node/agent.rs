@@ -33,7 +33,7 @@ impl Node {
             if self.set.wait(limit, &mut events).is_err() {
                 continue;
             }
-            if limit.is_some() && events.is_empty() {
+            if limit.is_some() {
                 self.spare.let_go();
             }
             for (token, ready) in &events {

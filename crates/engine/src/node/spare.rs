@@ -17,6 +17,10 @@ const IDLE: Duration = Duration::from_millis(100);
 /// Which lane: the carrier, and the bytes of the small and the large ring.
 pub(super) type Shape = (Carrier, u32, u32);
 
+fn shape_of(offer: &Offer) -> Shape {
+    (offer.carrier, offer.small, offer.large)
+}
+
 #[derive(Default)]
 pub(super) struct Spare(Mutex<State>);
 
@@ -33,24 +37,30 @@ impl Spare {
     ///
     /// # Errors
     /// As [`Offer::new`].
-    pub(super) fn take(&self, (carrier, small, large): Shape) -> Result<Offer> {
+    pub(super) fn take(&self, shape: Shape) -> Result<Offer> {
         let spare = {
             let mut state = lock(&self.0);
             let before = state.wanted.replace(Instant::now());
             state.burst = before.is_some_and(|before| before.elapsed() < BURST);
-            state.offer.take()
+            state.offer.take_if(|offer| shape_of(offer) == shape)
         };
-        match spare {
-            Some(offer) if (offer.carrier, offer.small, offer.large) == (carrier, small, large) => Ok(offer),
-            _ => Offer::new(carrier, small, large),
-        }
+        let (carrier, small, large) = shape;
+        spare.map_or_else(|| Offer::new(carrier, small, large), Ok)
     }
 
     /// In a burst, make the next lane. Call when there is nothing to do but wait.
-    pub(super) fn prepare(&self, (carrier, small, large): Shape) {
+    pub(super) fn prepare(&self, shape: Shape) {
+        let wanted =
+            |state: &State| state.burst && state.offer.as_ref().is_none_or(|offer| shape_of(offer) != shape);
+        if !wanted(&lock(&self.0)) {
+            return;
+        }
+        // Not under the lock: a fork would copy it locked.
+        let (carrier, small, large) = shape;
+        let offer = Offer::new(carrier, small, large).ok();
         let mut state = lock(&self.0);
-        if state.burst && state.offer.is_none() {
-            state.offer = Offer::new(carrier, small, large).ok();
+        if wanted(&state) {
+            state.offer = offer;
         }
     }
 
