@@ -98,6 +98,37 @@ def test_a_parked_receiver_is_woken_by_another_process(neighbours: PrivateBroker
     asyncio.run(talk())
 
 
+def test_long_pieces_of_another_process_are_received_while_they_are_written(
+    neighbours: PrivateBroker,
+) -> None:
+    """A receiver that looks while half a record is there has received nothing yet, and no error either."""
+    total = 64 << 20
+    program = (
+        "import sys, isthmus\n"
+        "node = isthmus.attach(sys.argv[1])\n"
+        "c = isthmus.create_connection(('b', int(sys.argv[2])), node=node)\n"
+        f"data, left = bytes(range(256)) * 4096, {total}\n"
+        "while left:\n"
+        "    c.sendall(data)\n"
+        "    left -= len(data)\n"
+        "c.close()\n"
+    )
+
+    async def talk() -> None:
+        async with await aio.listen(0, node=isthmus.attach(neighbours.door("b"))) as listener:
+            words = [sys.executable, "-c", program, neighbours.door("a"), str(listener.port)]
+            process = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
+            got, buffer = 0, bytearray(1 << 20)
+            async with await asyncio.wait_for(listener.accept(), 20) as server:
+                while count := await asyncio.wait_for(server.recv_into(buffer), 20):
+                    assert buffer[0] == got % 256
+                    got += count
+            _, complaint = await process.communicate()
+            assert (got, process.returncode) == (total, 0), complaint.decode()
+
+    asyncio.run(talk())
+
+
 def test_a_cancelled_receive_has_received_nothing(neighbours: PrivateBroker) -> None:
     async def talk() -> None:
         async with pair(neighbours) as (client, server):

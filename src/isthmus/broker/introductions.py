@@ -406,7 +406,9 @@ class Introductions:
 
     def _log_connection(self, event: str, connection: Connection, **more: Any) -> None:
         opener, accepter = connection.opener, connection.accepter
-        self._log.tenant(
+        if not self._log.admits(opener.domain.name):
+            return
+        self._log.admitted(
             opener.domain.name,
             event,
             connection=f"{connection.number:016x}",

@@ -50,8 +50,16 @@ class Log:
 
     def tenant(self, domain: str, event: str, **what: Any) -> None:
         """Say what a tenant did, unless it does too much."""
+        if self.admits(domain):
+            self.admitted(domain, event, **what)
+
+    def admits(self, domain: str) -> bool:
+        """Whether a line about this tenant may be written now: ask before making an expensive one.
+
+        A yes is one line's permission, for `admitted`.
+        """
         if self._least > 1:
-            return
+            return False
         now = self._clock()
         bucket = self._buckets.get(domain)
         if bucket is None:
@@ -60,8 +68,13 @@ class Log:
         bucket[1] = now
         if bucket[0] < 1:
             bucket[2] += 1
-            return
+            return False
         bucket[0] -= 1
+        return True
+
+    def admitted(self, domain: str, event: str, **what: Any) -> None:
+        """Write the line that `admits` allowed."""
+        bucket = self._buckets[domain]
         if bucket[2]:
             what["left_out"] = int(bucket[2])
             bucket[2] = 0

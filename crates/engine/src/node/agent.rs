@@ -149,11 +149,14 @@ impl Node {
         };
         let shape = (carrier, terms.small, terms.large);
         let offer = self.spare.take(shape).map_err(|_| Refusal::LimitReached)?;
-        let joined = self.join(&offer, info, descriptors, (small, large), secret);
-        let joined = joined.map_err(|_| Refusal::BadRequest)?;
+        // Answered first: the opener goes on while this side maps what it got, and if it cannot, the
+        // opener hears that the other side is gone.
         let accept = Message::Accept { connection, small: terms.small, large: terms.large };
         if self.tell(0, &accept, &offer.descriptors()).is_ok() {
-            acceptor.incoming(joined);
+            match self.join(&offer, info, descriptors, (small, large), secret) {
+                Ok(joined) => acceptor.incoming(joined),
+                Err(_) => drop(self.tell(0, &Message::Close { connection }, &[])),
+            }
         }
         self.spare.prepare(shape);
         Ok(())
