@@ -87,7 +87,8 @@ fn half_a_record_does_not_hide_the_death_of_its_sender() {
 fn half_a_record_does_not_hold_its_receiver_beyond_its_time() {
     for wait in [Wait::Adaptive, Wait::Spin, Wait::Block] {
         let (connection, peer) = connection(Carrier::Put, SocketKind::Stream);
-        let piece = [memory::Piece::new(SECRET.to_ne_bytes().as_ptr(), 8)];
+        let commit = SECRET.to_ne_bytes();
+        let piece = [memory::Piece::new(commit.as_ptr(), commit.len())];
         // SAFETY: the piece is readable.
         let written = unsafe { memory::write_at(peer.lane.as_fd(), &piece, SMALL_AT as u64) };
         assert_eq!(written.expect("our inbox"), 8);
