@@ -1,6 +1,6 @@
 //! A connection: two lanes and a bell.
 
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
@@ -435,7 +435,7 @@ impl Connection {
             let mut side = lock(&self.rx);
             if !how.now && side.rx.quiet() {
                 // Most waits end here, with the side still locked.
-                self.spin_for_data(&mut side, how)?;
+                self.spin_for_data(&mut side, how);
             }
             let shut = self.state.load(Ordering::Acquire) & SHUT_RECEIVE != 0;
             // In this order: whatever the peer published before it died is seen after its death is.
@@ -504,10 +504,7 @@ impl Connection {
     }
 
     /// Spin until there is something or the budget is used up.
-    fn spin_for_data(&self, side: &mut RxSide, how: &How<'_>) -> Result<()> {
-        if how.expired() {
-            return Err(Error::TimedOut { done: 0 });
-        }
+    fn spin_for_data(&self, side: &mut RxSide, how: &How<'_>) {
         let RxSide { rx, spin: budget, .. } = side;
         let peer_cpu = rx.peer_cpu();
         let gap = if self.one_way.load(Ordering::Relaxed) >= STREAMING { STREAM_GAP } else { 0 };
@@ -516,11 +513,9 @@ impl Connection {
             // has begun may never be completed: only a whole one is worth waking for.
             (thorough || !rx.quiet()) && !matches!(rx.look(), Ok(Seen::Nothing))
         });
-        Ok(())
     }
 
     fn wait_for_data(&self, mut side: MutexGuard<'_, RxSide>, how: &How<'_>) -> Result<()> {
-        // Also when a record has begun and nobody spun for the rest of it.
         if how.expired() {
             return Err(Error::TimedOut { done: 0 });
         }
@@ -630,157 +625,6 @@ impl Connection {
             readiness.set(true, true);
         }
     }
-
-    // ---- event loops
-
-    /// Before parking in an event loop: arm for data, and for space if `space`.
-    ///
-    /// `true`: do not park, there is something already.
-    ///
-    /// # Errors
-    /// The lane's memory failed.
-    pub fn park(&self, data: bool, space: bool) -> Result<bool> {
-        self.check()?;
-        let mut ready = self.bell.gone();
-        if data {
-            let mut side = lock(&self.rx);
-            let (quiet, ring) = side.rx.prepare_to_sleep().map_err(|e| self.memory(e))?;
-            self.ring(ring);
-            ready |= !quiet;
-        }
-        if space {
-            let mut side = lock(&self.tx);
-            side.tx.arm().map_err(|e| self.memory(e))?;
-            ready |= side.tx.has_space() || !side.tx.open();
-        }
-        Ok(ready)
-    }
-
-    /// Before parking for data in an event loop: spin a little, as the budget allows, then arm.
-    ///
-    /// `true`: do not park, there is something.
-    ///
-    /// # Errors
-    /// As [`Connection::park`].
-    pub fn spin_then_park(&self) -> Result<bool> {
-        self.check()?;
-        {
-            let mut side = lock(&self.rx);
-            let ring = side.rx.settle();
-            self.ring(ring);
-            let RxSide { rx, spin: budget, .. } = &mut *side;
-            let peer_cpu = rx.peer_cpu();
-            // A record that has begun may be long in coming: only a whole one is something.
-            let something = |_| !rx.quiet() && !matches!(rx.look(), Ok(Seen::Nothing));
-            if spin(crate::Wait::Adaptive, budget, peer_cpu, 0, something) {
-                return Ok(true);
-            }
-        }
-        self.park(true, false)
-    }
-
-    /// Would [`Connection::receive`] return at once? Makes no system call.
-    #[inline]
-    #[must_use]
-    pub fn poll_receive(&self) -> bool {
-        let mut side = lock(&self.rx);
-        !side.rx.quiet() && matches!(side.rx.look(), Ok(Seen::Data(_)))
-    }
-
-    /// Would sending `len` bytes return at once? Makes no system call.
-    #[inline]
-    #[must_use]
-    pub fn poll_send(&self, len: usize) -> bool {
-        lock(&self.tx).tx.fits(len)
-    }
-
-    /// Is there something to receive (or the end, or an error)? Could something be sent?
-    #[must_use]
-    pub fn poll(&self) -> (bool, bool) {
-        if self.closed() || self.cut.get().is_some() || self.bell.gone() {
-            return (true, true);
-        }
-        let readable = {
-            let mut side = lock(&self.rx);
-            self.state.load(Ordering::Acquire) & SHUT_RECEIVE != 0
-                || !matches!(side.rx.look(), Ok(Seen::Nothing))
-        };
-        let mut side = lock(&self.tx);
-        let writable = side.tx.finished() || !side.tx.open() || side.tx.has_space();
-        (readable, writable)
-    }
-
-    /// A descriptor for `select` that stays true to the lane from now on.
-    ///
-    /// # Errors
-    /// No descriptors are left.
-    pub fn readiness(self: &Arc<Self>) -> Result<RawFd> {
-        if let Some(readiness) = self.readiness.get() {
-            return Ok(readiness.fd());
-        }
-        self.attach_readiness(Arc::new(Readiness::new()?));
-        self.readiness()
-    }
-
-    /// As [`Connection::readiness`], with a descriptor that was polled before there was a lane.
-    pub fn attach_readiness(self: &Arc<Self>, readiness: Arc<Readiness>) {
-        let _ = self.readiness.set(readiness);
-        self.bell.watch();
-        if let Some(node) = self.node.upgrade() {
-            node.watch(self);
-        }
-        self.refresh();
-    }
-
-    pub(crate) fn own(&self, owner: Weak<Datagram>) {
-        let _ = self.owner.set(owner);
-    }
-
-    /// The bell rang and the engine's thread is its leader.
-    pub(crate) fn heard(&self) {
-        self.bell.empty();
-        self.bell.wake_followers();
-        self.refresh();
-        if let Some(owner) = self.owner.get().and_then(Weak::upgrade) {
-            owner.refresh();
-        }
-    }
-
-    /// Will nothing more be received?
-    #[must_use]
-    pub fn at_end(&self) -> bool {
-        let gone = self.bell.gone();
-        match lock(&self.rx).rx.look() {
-            Ok(Seen::Data(_)) => false,
-            Ok(Seen::Nothing) => gone,
-            Ok(Seen::End) | Err(_) => true,
-        }
-    }
-
-    /// Bring the kernel descriptor in line with the lane, arming for whatever it is not ready for.
-    #[inline]
-    pub(crate) fn refresh(&self) {
-        if let Some(readiness) = self.readiness.get() {
-            self.bring_in_line(readiness);
-        }
-    }
-
-    #[cold]
-    fn bring_in_line(&self, readiness: &Readiness) {
-        readiness.update(|| {
-            let (readable, writable) = self.poll();
-            if readable && writable {
-                return (true, true);
-            }
-            // Arm for what is missing and look again: whatever comes later rings the bell.
-            let _ = self.park(!readable, !writable);
-            self.poll()
-        });
-        if self.at_end() {
-            let finished = lock(&self.tx).tx.finished();
-            readiness.hang_up(finished || self.bell.gone());
-        }
-    }
 }
 
 impl Error {
@@ -803,5 +647,6 @@ impl Drop for Connection {
     }
 }
 
+mod events;
 #[cfg(test)]
 mod tests;

@@ -171,15 +171,17 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn a_place_that_was_given_back_serves_again_and_only_if_it_is_free() {
+    fn a_place_that_was_given_back_serves_again_only_if_it_is_free() {
         let len = 2 * HUGE;
         let file = memory::create(c"test", len).expect("memfd");
         for _ in 0..3 {
             drop(Mapping::writable(file.as_fd(), len).expect("map"));
         }
-        let held: Vec<_> =
-            (0..4).map(|_| Mapping::writable(file.as_fd(), len).expect("map").base() as usize).collect();
-        assert!(held.iter().all(|base| base % HUGE == 0));
+        let held: Vec<_> = (0..4).map(|_| Mapping::writable(file.as_fd(), len).expect("map")).collect();
+        let mut bases: Vec<_> = held.iter().map(|mapping| mapping.base() as usize).collect();
+        bases.sort_unstable();
+        assert!(bases.iter().all(|base| base % HUGE == 0));
+        assert!(bases.windows(2).all(|pair| pair[1] - pair[0] >= len), "one over another: {bases:x?}");
         // Somebody else took the place meanwhile.
         let taken = Mapping::writable(file.as_fd(), len).expect("map");
         PLACES.lock().expect("places").push(taken.base() as usize);
