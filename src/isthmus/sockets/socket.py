@@ -12,10 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import mmap
-import os
 import socket as _socket
-import stat
 import sys
 import types
 import warnings
@@ -27,6 +24,7 @@ from isthmus.node import Node, attach
 
 from .address import Address, read_address
 from .ends import KINDS, End, Lanes, new_end
+from .files import send_file
 from .options import get_option, set_option
 
 if TYPE_CHECKING:
@@ -46,8 +44,6 @@ MSG_CMSG_CLOEXEC = int(getattr(_socket, "MSG_CMSG_CLOEXEC", 0x40000000))
 _SEND_FLAGS = MSG_DONTWAIT | MSG_NOSIGNAL
 _RECV_FLAGS = MSG_DONTWAIT | MSG_NOSIGNAL | MSG_PEEK | MSG_WAITALL | MSG_TRUNC | MSG_CMSG_CLOEXEC
 
-#: Bytes that `sendfile` sends at a time where the file cannot be mapped.
-SENDFILE_PIECE = 256 * 1024
 _WAITS = ("spin", "adaptive", "block")
 #: Callers in the standard library that take a descriptor in order to move data through it behind our back.
 #: Ours is for polling only: to them it would look like a socket that swallows bytes.
@@ -553,34 +549,7 @@ class Socket:
             raise ValueError("file should be opened in binary mode")
         if count is not None and (not isinstance(count, int) or count <= 0):
             raise ValueError(f"count must be a positive integer (got {count!r})")
-        mapped = _map(file)
-        if mapped is None:
-            return self._send_pieces(file, offset, count)
-        sent = 0
-        with mapped, memoryview(mapped) as whole:
-            end = len(whole) if count is None else min(len(whole), offset + count)
-            try:
-                with whole[offset:end] as part:
-                    self.sendall(part)
-                    sent = len(part)
-            except errors.IsthmusError as error:
-                sent = error.done
-                raise
-            finally:
-                file.seek(offset + sent)
-        return sent
-
-    def _send_pieces(self, file: IO[bytes], offset: int, count: int | None) -> int:
-        if offset:
-            file.seek(offset)
-        sent = 0
-        while count is None or sent < count:
-            piece = file.read(SENDFILE_PIECE if count is None else min(SENDFILE_PIECE, count - sent))
-            if not piece:
-                break
-            self.sendall(piece)
-            sent += len(piece)
-        return sent
+        return send_file(self, file, offset, count)
 
     def _send_flags(self, call: str, flags: int) -> float | None:
         _refuse_flags(call, flags, _SEND_FLAGS)
@@ -943,18 +912,6 @@ def _rings(rings: int | tuple[int, int] | None) -> tuple[int, int] | None:
     from .options import ring_sizes
 
     return ring_sizes(rings)
-
-
-def _map(file: IO[bytes]) -> mmap.mmap | None:
-    """A regular file that is not empty, mapped; None for anything else."""
-    try:
-        descriptor = file.fileno()
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            return None
-        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
-    except (AttributeError, OSError, ValueError, io.UnsupportedOperation):
-        return None
 
 
 def _refuse_descriptor(caller: str) -> NoReturn:
