@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import pytest
@@ -63,6 +64,19 @@ class Domains:
         other.settimeout(LIMIT_S)
         assert one.path == other.path == self.carrier
         return one, other
+
+    def datagram(self, name: str, bound: bool = True) -> isthmus.Socket:
+        sock = isthmus.Socket(socket.SOCK_DGRAM, node=self[name])
+        if bound:
+            sock.bind(("", 0))
+        sock.settimeout(LIMIT_S)
+        return sock
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -71,11 +71,25 @@ def test_more_than_a_ring_crosses_while_both_ends_share_a_loop(neighbours: Priva
     asyncio.run(talk())
 
 
-def test_a_parked_receiver_is_woken_by_another_process(neighbours: PrivateBroker) -> None:
-    program = (
+@asynccontextmanager
+async def called_by(broker: PrivateBroker, program: str) -> AsyncIterator[aio.Connection]:
+    """A connection from another process, which runs `program` with its end in `c` and ends well."""
+    opening = (
         "import sys, time, isthmus\n"
         "node = isthmus.attach(sys.argv[1])\n"
         "c = isthmus.create_connection(('b', int(sys.argv[2])), node=node)\n"
+    )
+    async with await aio.listen(0, node=isthmus.attach(broker.door("b"))) as listener:
+        words = [sys.executable, "-c", opening + program, broker.door("a"), str(listener.port)]
+        process = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
+        async with await asyncio.wait_for(listener.accept(), 20) as server:
+            yield server
+        _, complaint = await process.communicate()
+        assert process.returncode == 0, complaint.decode()
+
+
+def test_a_parked_receiver_is_woken_by_another_process(neighbours: PrivateBroker) -> None:
+    program = (
         "for i in range(20):\n"
         "    time.sleep(0.005)\n"
         "    c.sendall(b'%2d' % i)\n"
@@ -84,16 +98,11 @@ def test_a_parked_receiver_is_woken_by_another_process(neighbours: PrivateBroker
     )
 
     async def talk() -> None:
-        async with await aio.listen(0, node=isthmus.attach(neighbours.door("b"))) as listener:
-            words = [sys.executable, "-c", program, neighbours.door("a"), str(listener.port)]
-            process = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
-            async with await asyncio.wait_for(listener.accept(), 20) as server:
-                for i in range(20):
-                    assert await asyncio.wait_for(server.recv_exactly(2), 20) == b"%2d" % i
-                    await server.send(b"ok")
-                assert await asyncio.wait_for(server.recv(1), 20) == b""
-            _, complaint = await process.communicate()
-            assert process.returncode == 0, complaint.decode()
+        async with called_by(neighbours, program) as server:
+            for i in range(20):
+                assert await asyncio.wait_for(server.recv_exactly(2), 20) == b"%2d" % i
+                await server.send(b"ok")
+            assert await asyncio.wait_for(server.recv(1), 20) == b""
 
     asyncio.run(talk())
 
@@ -103,28 +112,15 @@ def test_long_pieces_of_another_process_are_received_while_they_are_written(
 ) -> None:
     """A receiver that looks while half a record is there has received nothing yet, and no error either."""
     total = 64 << 20
-    program = (
-        "import sys, isthmus\n"
-        "node = isthmus.attach(sys.argv[1])\n"
-        "c = isthmus.create_connection(('b', int(sys.argv[2])), node=node)\n"
-        f"data, left = bytes(range(256)) * 4096, {total}\n"
-        "while left:\n"
-        "    c.sendall(data)\n"
-        "    left -= len(data)\n"
-        "c.close()\n"
-    )
+    program = f"for _ in range({total >> 20}):\n    c.sendall(bytes(range(256)) * 4096)\nc.close()\n"
 
     async def talk() -> None:
-        async with await aio.listen(0, node=isthmus.attach(neighbours.door("b"))) as listener:
-            words = [sys.executable, "-c", program, neighbours.door("a"), str(listener.port)]
-            process = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
-            got, buffer = 0, bytearray(1 << 20)
-            async with await asyncio.wait_for(listener.accept(), 20) as server:
-                while count := await asyncio.wait_for(server.recv_into(buffer), 20):
-                    assert buffer[0] == got % 256
-                    got += count
-            _, complaint = await process.communicate()
-            assert (got, process.returncode) == (total, 0), complaint.decode()
+        got, buffer = 0, bytearray(1 << 20)
+        async with called_by(neighbours, program) as server:
+            while count := await asyncio.wait_for(server.recv_into(buffer), 20):
+                assert buffer[0] == got % 256
+                got += count
+        assert got == total
 
     asyncio.run(talk())
 
