@@ -44,16 +44,16 @@ need() {
     die "install these first: $* (Debian names)"
 }
 
-# Without these the tests and the demo that build containers skip themselves, saying so.
+# Without these the tests and the demo that build containers or boot guests skip themselves, saying so.
 wish() {
     local missing=() packages=()
     while [ $# -gt 0 ]; do
-        have "$1" || { missing+=("$1"); packages+=("$2"); }
+        { [ "$1" = kernel ] && compgen -G '/boot/vmlinuz-*' >/dev/null; } || have "$1" || { missing+=("$1"); packages+=("$2"); }
         shift 2
     done
     [ ${#missing[@]} -eq 0 ] && return
     if can_apt && apt_install "${packages[@]}"; then return; fi
-    say "no ${missing[*]}: what needs containers will be skipped; install ${packages[*]} (Debian names)"
+    say "no ${missing[*]}: what needs containers or guests may be skipped; install ${packages[*]} (Debian names)"
 }
 
 linker() { have cc; }
@@ -153,5 +153,6 @@ flock 9
 need linker gcc libc6-dev
 ensure_cargo
 wish ip iproute2 bwrap bubblewrap unshare util-linux
+wish linux.uml user-mode-linux qemu-system-x86_64 qemu-system-x86 busybox busybox-static kernel linux-image-cloud-amd64
 ensure_venv
 if [ "${1:-}" = build ]; then build; fi

@@ -21,7 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "sys": {"wire"},
     "engine": {"wire", "proto", "ring", "sys"},
     "bench": {"engine", "sys"},
-    "py": {"wire", "proto", "ring", "sys", "engine", "bench"},
+    "switch": {"wire", "proto", "ring", "sys", "engine"},
+    "py": {"wire", "proto", "ring", "sys", "engine", "bench", "switch"},
 }
 
 #: The one crate that knows Python exists.

@@ -285,7 +285,7 @@ def test_a_damaged_state_is_refused_and_left_alone(tmp_path: Path) -> None:
             State(tmp_path)
         assert (tmp_path / "state.json").read_text() == damage
     (tmp_path / "state.json").write_text(good)
-    assert State(tmp_path).numbers == {"a": 1}
+    assert State(tmp_path).numbers == {"a": 3}
     (tmp_path / "key").write_bytes(b"short")
     with pytest.raises(StateError, match="key"):
         State(tmp_path)

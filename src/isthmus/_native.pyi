@@ -5,6 +5,7 @@ from typing_extensions import Buffer
 
 __all__ = [
     "ANYBODY",
+    "ANY_PORT",
     "CARRIERS",
     "CONTROL_DESCRIPTORS_MAX",
     "CONTROL_MESSAGE_MAX",
@@ -36,11 +37,13 @@ __all__ = [
     "control_decode",
     "control_encode",
     "parse_address",
+    "run_switch",
 ]
 
 _Kind: TypeAlias = Literal["stream", "seqpacket", "datagram"]
 
 ANYBODY: int
+ANY_PORT: int
 CARRIERS: frozenset[str]
 CONTROL_DESCRIPTORS_MAX: int
 CONTROL_MESSAGE_MAX: int
@@ -54,6 +57,7 @@ SOCKET_KINDS: frozenset[str]
 
 def control_decode(packet: bytes) -> tuple[str, int, dict[str, int | str | bytes]]: ...
 def bell_pair() -> tuple[int, int]: ...
+def run_switch(listener: int, stay: bool, stop: Callable[[], bool]) -> None: ...
 def control_encode(kind: str, request: int, /, **fields: int | str | bytes) -> bytes: ...
 def parse_address(text: str) -> tuple[str | int, int]: ...
 def check_name(name: str) -> None: ...

@@ -64,7 +64,7 @@ impl Offer {
             source: io::Error::new(io::ErrorKind::InvalidInput, e),
         })?;
         let make = match carrier {
-            Carrier::Sealed => Self::sealed,
+            Carrier::Sealed | Carrier::Switch => Self::sealed,
             Carrier::Put => Self::put,
         };
         let (own, counters, descriptors) = make(geometry).map_err(Error::os("making a lane"))?;
@@ -141,7 +141,7 @@ impl Offer {
         };
         let own = self.own.clone();
         match self.carrier {
-            Carrier::Sealed => {
+            Carrier::Sealed | Carrier::Switch => {
                 let mapping = Mapping::read_only(theirs.as_fd(), geometry.file_len())
                     .map_err(Error::os("mapping a lane"))?;
                 let view = region(mapping);
@@ -213,7 +213,7 @@ pub fn check(carrier: Carrier, file: BorrowedFd<'_>, geometry: Geometry) -> Resu
         return wrong("not of ordinary pages".into());
     }
     let wanted = match carrier {
-        Carrier::Sealed => memory::READ_ONLY_SEALS,
+        Carrier::Sealed | Carrier::Switch => memory::READ_ONLY_SEALS,
         Carrier::Put => memory::SIZE_SEALS,
     };
     if !seals.contains(wanted) {
@@ -225,13 +225,13 @@ pub fn check(carrier: Carrier, file: BorrowedFd<'_>, geometry: Geometry) -> Resu
     }
     let (read, write) = memory::access(file).map_err(Error::os("looking at a lane"))?;
     match carrier {
-        Carrier::Sealed if !read => wrong("it cannot be read".into()),
+        Carrier::Sealed | Carrier::Switch if !read => wrong("it cannot be read".into()),
         Carrier::Put if !write => wrong("it cannot be written".into()),
         // Nobody could write sealed memory through it, but whoever brings that is not our engine.
-        Carrier::Sealed if write => wrong("it can be written".into()),
+        Carrier::Sealed | Carrier::Switch if write => wrong("it can be written".into()),
         // The sender could map it: then a page would be shared where a rule says that none is.
         Carrier::Put if read => wrong("it can be read".into()),
-        Carrier::Sealed | Carrier::Put => Ok(()),
+        Carrier::Sealed | Carrier::Switch | Carrier::Put => Ok(()),
     }
 }
 
@@ -245,7 +245,7 @@ impl Counters {
     pub fn new(carrier: Carrier, files: &[BorrowedFd<'_>], small: u32, large: u32) -> Result<Self> {
         let geometry = Geometry::new(small, large).map_err(|e| Error::BadAnswer(e.to_string()))?;
         let page = match (carrier, files) {
-            (Carrier::Sealed, [ring]) => {
+            (Carrier::Sealed | Carrier::Switch, [ring]) => {
                 check(carrier, *ring, geometry)?;
                 ring
             }

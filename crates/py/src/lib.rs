@@ -9,6 +9,7 @@ mod connection;
 mod control;
 mod errors;
 mod node;
+mod switch;
 
 use pyo3::prelude::*;
 
@@ -25,6 +26,9 @@ mod _native {
         BenchRing, bench_cacheline, bench_connect_client, bench_connect_server, bench_connection, bench_fd,
         bench_memcpy, bench_ring, bench_ring_memory,
     };
+
+    #[pymodule_export]
+    use super::switch::run_switch;
 
     #[pymodule_export]
     use super::node::{Counters, Node, Pollable};
@@ -46,6 +50,8 @@ mod _native {
     const CONTROL_DESCRIPTORS_MAX: usize = isthmus_wire::control::DESCRIPTORS_MAX;
     #[pymodule_export]
     const ANYBODY: u32 = isthmus_wire::control::ANYBODY;
+    #[pymodule_export]
+    const ANY_PORT: u32 = isthmus_wire::control::ANY_PORT;
 
     use super::*;
 

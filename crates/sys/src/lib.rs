@@ -4,6 +4,7 @@
 //! retry loops, no knowledge of lanes. Errors are the kernel's (`std::io::Error`).
 
 pub mod cpu;
+pub mod guard;
 pub mod mapping;
 pub mod memory;
 pub mod packet;

@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready {
     pub readable: bool,
+    pub writable: bool,
     /// The other side is gone.
     pub hung_up: bool,
 }
@@ -31,6 +32,7 @@ pub fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Resul
     let events = fds[0].revents();
     Ok(Ready {
         readable: events.contains(PollFlags::IN),
+        writable: false,
         hung_up: events.intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR | PollFlags::NVAL),
     })
 }
@@ -73,6 +75,18 @@ impl Set {
         Ok(epoll::add(&self.0, fd, EventData::new_u64(token), EventFlags::IN | EventFlags::RDHUP)?)
     }
 
+    /// Report `token` each time `fd` becomes readable, without it being read in between.
+    pub fn add_edge(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        Ok(epoll::add(&self.0, fd, EventData::new_u64(token), EventFlags::IN | EventFlags::ET)?)
+    }
+
+    /// Report `token` while `fd`, which was added before, is readable, hung up or (if `writable`) can be written.
+    pub fn watch(&self, fd: BorrowedFd<'_>, token: u64, writable: bool) -> io::Result<()> {
+        let flags = EventFlags::IN | EventFlags::RDHUP;
+        let flags = if writable { flags | EventFlags::OUT } else { flags };
+        Ok(epoll::modify(&self.0, fd, EventData::new_u64(token), flags)?)
+    }
+
     pub fn remove(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         Ok(epoll::delete(&self.0, fd)?)
     }
@@ -84,7 +98,8 @@ impl Set {
         for event in &events[..seen] {
             let (data, flags) = (event.data, event.flags);
             let hung_up = flags.intersects(EventFlags::HUP | EventFlags::RDHUP | EventFlags::ERR);
-            ready.push((data.u64(), Ready { readable: flags.contains(EventFlags::IN), hung_up }));
+            let (readable, writable) = (flags.contains(EventFlags::IN), flags.contains(EventFlags::OUT));
+            ready.push((data.u64(), Ready { readable, writable, hung_up }));
         }
         Ok(())
     }

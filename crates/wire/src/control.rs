@@ -39,6 +39,10 @@ pub const TICKET: usize = 32;
 /// In `Bind.partner`: anybody whom a rule lets in.
 pub const ANYBODY: u32 = u32::MAX;
 
+/// In `Bind.port`: every port of the domain that no program of it has bound. For the switch, which stands for all
+/// programs of a guest that speak plain `AF_VSOCK`.
+pub const ANY_PORT: u32 = u32::MAX;
+
 /// A numbered list whose discriminant is the wire value.
 macro_rules! list {
     ($(#[$doc:meta])* $name:ident: $repr:ident { $($(#[$vdoc:meta])* $variant:ident = $value:literal $text:literal),+ $(,)? }) => {
@@ -78,6 +82,20 @@ list! {
     Carrier: u8 {
         Sealed = 1 "sealed",
         Put = 2 "put",
+        /// A guest is involved. Each side brings what it brings for `sealed`; a guest's side is the switch.
+        Switch = 3 "switch",
+    }
+}
+
+list! {
+    /// How far a guest's device has come.
+    GuestState: u8 {
+        /// No monitor has connected.
+        Waiting = 1 "waiting",
+        /// A monitor has; the guest has not started the device.
+        Attached = 2 "attached",
+        /// The guest's driver uses it.
+        Running = 3 "running",
     }
 }
 
@@ -167,7 +185,7 @@ macro_rules! list_field {
         }
     )+};
 }
-list_field!(SocketKind: u8, Carrier: u8, Refusal: u16);
+list_field!(SocketKind: u8, Carrier: u8, Refusal: u16, GuestState: u8);
 
 impl<'a> Field<'a> for &'a str {
     fn read(reader: &mut Reader<'a>, name: &'static str) -> Result<Self, DecodeError> {
@@ -401,6 +419,20 @@ messages! {
     Status = 18 "status" { offset: u32 }
     /// broker -> a piece of a JSON text of `total` bytes.
     Report = 19 "report" { offset: u32, total: u32, text: &'a str }
+    /// broker -> switch: there is a guest of this name and number. With the listening socket for its monitor and the
+    /// directory of its domain's door. Answered by `done`. Again: the descriptors replace those of before.
+    Guest = 32 "guest" {
+        cid: u32,
+        name: &'a str,
+    }
+    /// broker -> switch: the domain was removed; its device ends. Answered by `done`.
+    GuestGone = 33 "guest-gone" { cid: u32 }
+    /// switch -> broker: what became of a guest's device. Not answered.
+    GuestState = 34 "guest-state" {
+        cid: u32,
+        state: GuestState,
+        text: &'a str,
+    }
 }
 
 /// Decode one packet: the request number and the message.
@@ -490,6 +522,7 @@ mod tests {
                         "kind" => Value::Text("seqpacket"),
                         "carrier" => Value::Text("put"),
                         "refusal" => Value::Text("backlog-full"),
+                        "state" => Value::Text("running"),
                         "ticket" => Value::Bytes(&[7; TICKET]),
                         _ => Value::Number(n),
                     })

@@ -16,6 +16,8 @@ pub mod address;
 pub mod control;
 mod reader;
 pub mod record;
+pub mod vhost_user;
+pub mod vsock;
 mod writer;
 
 pub use reader::{DecodeError, Problem, Reader};

@@ -125,8 +125,17 @@ class Connection:
         return None
 
 
-def path_text(decision: Decision) -> str:
+def path_of(decision: Decision, opener: Domain, accepter: Domain) -> str:
+    """What carries a connection that was accepted."""
+    if "vm" in (opener.kind, accepter.kind):
+        return "switch"
+    return "put" if decision.strict else "sealed"
+
+
+def path_text(decision: Decision, path: str) -> str:
     """Why a connection takes the path it takes, in the words that both ends get."""
+    if path == "switch":
+        return f"a guest is involved, so the switch copies; {decision.why}"
     if decision.strict:
         return f"same kernel; {decision.why}; strict, so the kernel copies"
     return f"same kernel; {decision.why}; not strict"

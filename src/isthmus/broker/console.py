@@ -20,9 +20,9 @@ from isthmus._native import check_name
 from . import metrics
 from .answers import Refuse
 from .directory import Domain
-from .doors import DoorError
+from .doors import DEVICE, DoorError
 from .explain import explain
-from .policy import GROUP_DEFAULT, PolicyError
+from .policy import GROUP_DEFAULT, KINDS, PolicyError
 from .report import describe_connections, describe_domain, summarise_domain
 
 if TYPE_CHECKING:
@@ -104,7 +104,10 @@ class Console:
             not isinstance(uid, int) or isinstance(uid, bool) or not 0 <= uid < 2**32 - 1
         ):
             raise Wrong(f"uid: {uid!r} is not the number of a user")
-        domain = self._service.broker.add_domain(name, group, uid)
+        kind = request.get("kind") or "container"
+        if kind not in KINDS:
+            raise Wrong(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
+        domain = self._service.broker.add_domain(name, group, uid, kind)
         self._service.log.info("domain", action="add", name=name, group=group, number=domain.number)
         return self._describe(domain)
 
@@ -170,11 +173,23 @@ class Console:
         path = self._service.policy_path
         return {"cut": cut, "notes": notes, "policy": str(path) if path else None}
 
+    def _device(self, domain: Domain) -> dict[str, Any]:
+        """Of a guest: where its monitor connects, and how far that has come."""
+        if domain.kind != "vm":
+            return {}
+        broker = self._service.broker
+        return {
+            "socket": str(broker.door_path(domain.name) / DEVICE),
+            "device": broker.switch.state_of(domain),
+        }
+
     def _describe(self, domain: Domain) -> dict[str, Any]:
         return {
             "name": domain.name,
             "number": domain.number,
             "group": domain.group,
+            "kind": domain.kind,
+            **self._device(domain),
             "uid": domain.uid,
             "origin": domain.origin,
             "attachments": len(domain.attachments),

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isthmus._native import ANYBODY
+from isthmus._native import ANY_PORT, ANYBODY
 
 from .answers import Fault, Refuse, bounded, shown
 from .attachment import Attachment, OutOfDescriptors
@@ -26,9 +26,10 @@ from .directory import Binding, Domain, Lease
 from .doors import Door, DoorError
 from .introductions import Introductions
 from .log import Log
-from .policy import Policy
+from .policy import Kind, Policy
 from .report import ENTRIES_MAX, describe_domain
 from .state import State
+from .switch import Switch
 from .tickets import Tickets
 
 FEATURES = 0
@@ -65,6 +66,7 @@ class Broker:
         self._state = state
         self.clock = clock
         self.introductions = Introductions(self, Tickets(state.key), log, clock)
+        self.switch = Switch(directory, log, loop)
         self._numbers: dict[int, Domain] = {}
         self._doors: dict[str, Door] = {}
         self._strangers: deque[Attachment] = deque()
@@ -96,7 +98,7 @@ class Broker:
     def start(self) -> None:
         """Open the doors of all known domains."""
         for name, entry in self._state.added.items():
-            self._add(name, entry["group"], entry["uid"], "operator")
+            self._add(name, entry["group"], entry["uid"], "operator", entry["kind"])
         self._take_over_domains(self.policy)
         for name in [name for name in self._state.numbers if name not in self.domains]:
             del self._state.numbers[name]
@@ -115,7 +117,7 @@ class Broker:
                         "door", path=str(path), text="belongs to no domain and cannot be removed"
                     )
 
-    def add_domain(self, name: str, group: str, uid: int | None) -> Domain:
+    def add_domain(self, name: str, group: str, uid: int | None, kind: Kind = "container") -> Domain:
         """Add a domain at run time, kept over restarts.
 
         Raises
@@ -127,11 +129,11 @@ class Broker:
             raise Refuse("bad-request", f"domain {name}: exists already")
         door = None
         try:
-            domain = self._add(name, group, uid, "operator")
+            domain = self._add(name, group, uid, "operator", kind)
             door = self._doors.get(name)
             if door is None:
                 raise DoorError(f"domain {name}: its door could not be opened; see the broker's log")
-            self._state.added[name] = {"group": group, "uid": uid}
+            self._state.added[name] = {"group": group, "uid": uid, "kind": kind}
             self._state.save()
         except BaseException:
             self._forget(name)
@@ -139,17 +141,19 @@ class Broker:
             raise
         return domain
 
-    def _add(self, name: str, group: str, uid: int | None, origin: str) -> Domain:
+    def _add(self, name: str, group: str, uid: int | None, origin: str, kind: Kind) -> Domain:
         entry = self.policy.domains.get(name)
         limits = entry.limits if entry is not None else self.policy.limits
-        domain = Domain(name, self._state.number_of(name), group, uid, limits, origin)
+        domain = Domain(name, self._state.number_of(name), group, uid, limits, origin, kind)
         domain.refilled_at = self.loop.time()
         domain.start_ports_at(self.epoch * 65_537)
         self.domains[name] = domain
         self._numbers[domain.number] = domain
         self.policy.forget()
         try:
-            self._doors[name] = Door(domain, self._directory / "doors", self._let_in, self.arm)
+            self._doors[name] = door = Door(domain, self._directory / "doors", self._let_in, self.arm)
+            if kind == "vm":
+                self.switch.add(domain, door)
         except DoorError as error:
             # One broken door must not close the others.
             self.log.error("door", domain=name, text=str(error))
@@ -185,6 +189,8 @@ class Broker:
         domain = self.domains.pop(name, None)
         if domain is not None:
             self._numbers.pop(domain.number, None)
+            if domain.kind == "vm":
+                self.switch.remove(domain)
         self._state.numbers.pop(name, None)
         self.policy.forget()
 
@@ -220,12 +226,12 @@ class Broker:
                     domain.limits = policy.limits
         for entry in policy.domains.values():
             known = self.domains.get(entry.name)
-            if known is not None and known.uid != entry.uid:
+            if known is not None and (known.uid, known.kind) != (entry.uid, entry.kind):
                 self._remove(known)
                 self._state.added.pop(entry.name, None)
                 known = None
             if known is None:
-                self._add(entry.name, entry.group, entry.uid, "policy")
+                self._add(entry.name, entry.group, entry.uid, "policy", entry.kind)
                 continue
             known.group = entry.group
             known.limits = entry.limits
@@ -243,12 +249,12 @@ class Broker:
         elif not decision.accepted:
             where = f"{opener.domain.name} to {accepter.domain.name}:{accepter.port}"
             self.introductions.cut(connection, "refused-by-rule", f"{where}: {decision.why}", decision.rule)
-        elif decision.strict and connection.carrier != "put":
+        elif decision.strict and connection.carrier == "sealed":
             text = f"{decision.why} but is strict now; this connection is {connection.carrier}, connect again"
             self.introductions.cut(connection, "refused-by-rule", text, decision.rule)
         else:
             connection.rule = decision.rule
-            connection.why = path_text(decision)
+            connection.why = path_text(decision, connection.carrier)
 
     # Attachments.
 
@@ -380,7 +386,7 @@ class Broker:
             raise Refuse("limit-reached", f"ports: domain {domain.name} may hold {domain.limits.ports}")
         if port == 0:
             port = domain.choose_port()
-        elif port == ANYBODY:
+        elif port == ANY_PORT and domain.kind != "vm":
             raise Refuse("bad-request", f"bind: port {port} is not a port")
         lease = domain.leases.get(port)
         if lease is not None and lease.attachment is not attachment and lease.attachment.is_gone():
@@ -391,7 +397,7 @@ class Broker:
             lease is not None and (lease.attachment is not attachment or partner in lease.bindings)
         ):
             raise Refuse("port-in-use", f"{domain.name}:{port} is in use")
-        if partner == ANYBODY and not self.policy.reachable(domain, port):
+        if partner == ANYBODY and port != ANY_PORT and not self.policy.reachable(domain, port):
             raise Refuse(
                 "wildcard-needs-rule",
                 f"no rule lets anybody reach {domain.name}:{port}; add one, or bind for one partner",
@@ -490,7 +496,8 @@ class Broker:
         domain.refusals[refusal] = domain.refusals.get(refusal, 0) + 1
 
     def stop(self) -> None:
-        """Close every door and attachment. Connections live on without the broker."""
+        """Close every door and attachment. Connections live on without the broker, and so does the switch."""
+        self.switch.close()
         for door in self._doors.values():
             door.close(remove=False)
         self._doors.clear()

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from isthmus._native import ANYBODY
+from isthmus._native import ANY_PORT, ANYBODY
 
 from .descriptors import Undertaker
-from .policy import Limits
+from .policy import Kind, Limits
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -92,6 +92,7 @@ class Domain:
         "connections",
         "control_messages",
         "group",
+        "kind",
         "lanes",
         "leases",
         "limits",
@@ -112,9 +113,17 @@ class Domain:
     )
 
     def __init__(
-        self, name: str, number: int, group: str, uid: int | None, limits: Limits, origin: str
+        self,
+        name: str,
+        number: int,
+        group: str,
+        uid: int | None,
+        limits: Limits,
+        origin: str,
+        kind: Kind = "container",
     ) -> None:
         self.name = name
+        self.kind = kind
         self.number = number
         self.group = group
         self.uid = uid
@@ -167,7 +176,7 @@ class Domain:
         return port
 
     def listener(self, port: int, partner: int) -> Binding | None:
-        lease = self.leases.get(port)
+        lease = self.leases.get(port) or self.leases.get(ANY_PORT)
         if lease is None:
             return None
         return lease.bindings.get(partner) or lease.bindings.get(ANYBODY)

@@ -20,6 +20,8 @@ from pathlib import Path
 from .directory import Domain
 
 NAME = "door"
+#: Where the monitor of a guest connects.
+DEVICE = "vsock"
 BACKLOG = 256
 #: Programs let in through one door before the others get their turn.
 ACCEPTS_A_TURN = 16
@@ -92,6 +94,19 @@ class Door:
         finally:
             os.close(directory)
 
+    def open_device(self) -> tuple[socket.socket, int]:
+        """A new listening socket for the monitor of this domain's guest, beside the door, and the directory.
+
+        The mode lets only the domain's user in (and root): a monitor hands over all memory of its guest.
+        """
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            sock = bind_at(directory, DEVICE, socket.SOCK_STREAM, 0o666)
+        except BaseException:
+            os.close(directory)
+            raise
+        return sock, directory
+
     def _handle_readable(self) -> None:
         for _ in range(ACCEPTS_A_TURN):
             if self.domain.refill(self._loop.time()) < 1:
@@ -130,8 +145,10 @@ class Door:
             directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return
-        with contextlib.suppress(OSError):
-            os.unlink(NAME, dir_fd=directory)
+        # The device's socket stays while the broker restarts: the switch listens on it.
+        for name in (NAME, DEVICE) if remove else (NAME,):
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=directory)
         os.close(directory)
         if remove:
             # Its user put something there, or it is mounted somewhere: an empty shell stays.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from isthmus._native import ANY_PORT
+
+from .connection import path_of
 from .policy import PORT_MAX, Decision
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ def explain(broker: Broker, source: Domain, destination: Domain, port: int | Non
 def _entry(
     broker: Broker, source: Domain, destination: Domain, low: int, high: int, decision: Decision
 ) -> dict[str, Any]:
-    path = None if not decision.accepted else "put" if decision.strict else "sealed"
+    path = path_of(decision, source, destination) if decision.accepted else None
     return {
         "ports": str(low) if low == high else f"{low}-{high}",
         "action": decision.action,
@@ -49,7 +52,9 @@ def _notes(
     path: str | None,
 ) -> list[str]:
     notes = []
-    if path == "sealed":
+    if path == "switch":
+        notes.append("a guest shares no page with anybody; switch is the only path inside a node for it")
+    elif path == "sealed":
         notes.append("sealed is the best path inside one kernel; nothing better was passed over")
     elif path == "put":
         notes.append(
@@ -82,7 +87,11 @@ def _notes(
             if binding is None:
                 notes.append(f"nobody listens at {destination.name}:{low} now")
             else:
-                notes.append(f"process {binding.attachment.pid} listens there ({binding.kind})")
+                notes.append(
+                    "the guest is asked whether a program of it listens there"
+                    if binding.port == ANY_PORT
+                    else f"process {binding.attachment.pid} listens there ({binding.kind})"
+                )
         elif high != PORT_MAX or low != 1:
             notes.append("other ports are decided by other rules")
     return notes

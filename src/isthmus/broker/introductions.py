@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from isthmus._native import bell_pair
+from isthmus._native import ANY_PORT, CARRIERS, bell_pair
 
 from .answers import Refuse, bounded, shown
 from .attachment import Attachment, OutOfDescriptors
-from .connection import Connection, Pending, Side, path_text
+from .connection import Connection, Pending, Side, path_of, path_text
 from .descriptors import Descriptors
 from .directory import CHOSEN_PORTS, Domain
 from .lanes import check_lane, check_page
@@ -50,7 +50,7 @@ class Introductions:
     def __init__(self, broker: Broker, tickets: Tickets, log: Log, clock: Callable[[], float]) -> None:
         self.connections: dict[int, Connection] = {}
         #: Connections opened, by path; cut; sides taken up again after a restart.
-        self.opened: dict[str, int] = {"sealed": 0, "put": 0}
+        self.opened: dict[str, int] = {carrier: 0 for carrier in sorted(CARRIERS)}
         self.cuts = 0
         self.resumed = 0
         self._broker = broker
@@ -80,19 +80,20 @@ class Introductions:
         binding = destination.listener(port, source.number)
         if binding is None:
             raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
-        if binding.kind != kind:
+        if binding.kind != kind and (binding.port != ANY_PORT or kind == "datagram"):
             raise Refuse("wrong-kind", f"{where}: a {binding.kind} listener, not {kind}")
-        wanted = "put" if decision.strict else "sealed"
+        wanted = path_of(decision, source, destination)
         if carrier != wanted:
             if fields["require"]:
                 raise Refuse(
                     "path-unavailable",
-                    f"{where}: {carrier} is required, but {path_text(decision)}",
+                    f"{where}: {carrier} is required, but {path_text(decision, wanted)}",
                     decision.rule,
                 )
             raise Refuse("use-carrier", wanted, decision.rule)
         from_port = fields["from_port"]
-        if from_port and from_port not in attachment.leases:
+        # Whoever stands for all ports of a guest knows the guest's ports.
+        if from_port and from_port not in attachment.leases and ANY_PORT not in attachment.leases:
             raise Refuse("not-yours", f"connect: port {from_port} is not leased by this program")
 
         source.tokens -= CONNECT_COSTS
@@ -118,7 +119,7 @@ class Introductions:
             kind,
             carrier,
             decision.rule,
-            path_text(decision),
+            path_text(decision, carrier),
             self._clock(),
             (source, from_port or source.choose_port()),
             (destination, port),
@@ -279,14 +280,14 @@ class Introductions:
             decision = self._broker.policy.look(source, destination, ends[3])
             if not decision.accepted:
                 raise Refuse("refused-by-rule", f"resume: {decision.why}", decision.rule)
-            if decision.strict and carrier != "put":
+            if decision.strict and carrier == "sealed":
                 raise Refuse("refused-by-rule", f"resume: {decision.why} but is strict now", decision.rule)
             connection = Connection(
                 number,
                 kind,
                 carrier,
                 decision.rule,
-                path_text(decision),
+                path_text(decision, carrier),
                 self._clock(),
                 (source, ends[1]),
                 (destination, ends[3]),

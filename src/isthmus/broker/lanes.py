@@ -16,7 +16,7 @@ def check_lane(what: str, carrier: str, descriptors: Descriptors, small: int, la
     Refuse
         They are not what the carrier says they must be; says why.
     """
-    wanted = 1 if carrier == "sealed" else 2
+    wanted = 2 if carrier == "put" else 1
     if len(descriptors) != wanted:
         raise Refuse("bad-request", f"{what}: {carrier} needs {wanted} descriptors, not {len(descriptors)}")
     return _checked(what, carrier, descriptors, small, large)

@@ -25,8 +25,11 @@ else:
     import tomli as tomllib
 
 Action = Literal["accept", "refuse", "drop"]
+#: What a domain is: programs of this kernel, or a virtual machine.
+Kind = Literal["container", "vm"]
 
 ACTIONS: tuple[Action, ...] = ("accept", "refuse", "drop")
+KINDS: tuple[Kind, ...] = ("container", "vm")
 PORT_MAX = 2**32 - 1
 #: A policy that is longer is a mistake; the limit keeps reading it quick.
 TEXT_MAX_BYTES = 1024 * 1024
@@ -149,6 +152,7 @@ class DomainEntry:
     group: str
     uid: int | None
     limits: Limits
+    kind: Kind = "container"
 
 
 NO_RULE = Decision("refuse", 0, False, "no rule accepts it", None)
@@ -313,7 +317,7 @@ def parse(text: str, origin: str = "policy") -> Policy:
 
 
 def _domain(entry: Mapping[str, Any], limits: Limits, place: _Place) -> DomainEntry:
-    _known_keys(entry, {"name", "group", "uid", "limits"}, place)
+    _known_keys(entry, {"name", "group", "uid", "kind", "limits"}, place)
     if "name" not in entry:
         raise place.wrong("", "a domain needs a name")
     uid = None if "uid" not in entry else _number(entry, "uid", place, 0, 2**32 - 2)
@@ -322,7 +326,15 @@ def _domain(entry: Mapping[str, Any], limits: Limits, place: _Place) -> DomainEn
         _name(entry.get("group", GROUP_DEFAULT), "group", place),
         uid,
         _limits(entry.get("limits", {}), limits, place, "limits"),
+        _kind(entry.get("kind", "container"), place),
     )
+
+
+def _kind(value: Any, place: _Place) -> Kind:
+    for kind in KINDS:
+        if value == kind:
+            return kind
+    raise place.wrong("kind", f"{_short(value)} is not one of {', '.join(KINDS)}")
 
 
 def _rule(entry: Mapping[str, Any], number: int, place: _Place) -> Rule:

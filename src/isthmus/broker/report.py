@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from isthmus._native import ANYBODY
+from isthmus._native import ANY_PORT, ANYBODY
 
 from .connection import Connection, Side
 from .directory import Domain, Traffic
@@ -55,8 +55,8 @@ def describe_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
         ],
         "ports": [
             {
-                "port": b.port,
-                "kind": b.kind,
+                "port": b.port if b.port != ANY_PORT else "any",
+                "kind": b.kind if b.port != ANY_PORT else "stream or seqpacket",
                 "partner": _partner_name(broker, b.partner),
                 "pid": b.attachment.pid,
             }
@@ -74,6 +74,8 @@ def summarise_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
         "domain": domain.name,
         "number": domain.number,
         "group": domain.group,
+        "kind": domain.kind,
+        **({"device": broker.switch.state_of(domain)} if domain.kind == "vm" else {}),
         "holds": {
             "attachments": [len(domain.attachments), limits.attachments],
             "ports": [domain.bound, limits.ports],

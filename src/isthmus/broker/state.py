@@ -15,7 +15,11 @@ from typing import Any
 
 from isthmus._native import check_name
 
+from .policy import KINDS
+
 KEY_BYTES = 32
+#: The first number of a domain. A guest's number is its CID, and smaller ones mean the host.
+NUMBER_MIN = 3
 #: The layout of state.json.
 FORMAT = 1
 
@@ -36,13 +40,13 @@ class State:
     numbers : dict of str to int
         The number of each domain that exists. A number is never used for another domain.
     added : dict of str to dict
-        Domains that the operator added: ``{"group": str, "uid": int or None}``.
+        Domains that the operator added: ``{"group": str, "uid": int or None, "kind": str}``.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.epoch = 0
-        self.next_number = 1
+        self.next_number = NUMBER_MIN
         self.numbers: dict[str, int] = {}
         self.added: dict[str, dict[str, Any]] = {}
         try:
@@ -106,7 +110,10 @@ class State:
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     uid = entry.get("uid")
-    return {"group": str(entry["group"]), "uid": None if uid is None else int(uid)}
+    kind = entry.get("kind", "container")
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}")
+    return {"group": str(entry["group"]), "uid": None if uid is None else int(uid), "kind": kind}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -14,6 +14,8 @@ from .output import EXIT_FAILED, Problem
 #: Command: where it is, and its line in the help.
 COMMANDS: dict[str, tuple[str, str]] = {
     "broker": ("isthmus.cli.broker:broker", "Run the broker of this node in the foreground."),
+    "switch": ("isthmus.cli.switch:switch", "Run the switch for guests; the broker starts it."),
+    "vm": ("isthmus.cli.vm:vm", "Small guests, and how to attach your own."),
     "domain": ("isthmus.cli.domain:domain", "Add, list and remove domains."),
     "status": ("isthmus.cli.status:status", "Show domains, connections and their paths."),
     "explain": ("isthmus.cli.explain:explain", "Which path from one domain to another, and why."),
@@ -87,7 +89,7 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("--dir", "directory", type=click.Path(), help="Runtime directory of the broker [ISTHMUS_DIR].")
 @click.pass_context
 def root(ctx: click.Context, as_json: bool, directory: str | None) -> None:
-    """A high-performance interconnect between isolated containers on one node.
+    """A high-performance interconnect between isolated containers and virtual machines on one node.
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no broker.
     """

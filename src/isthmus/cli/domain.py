@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from isthmus.vm.lines import FORMATS, attachment_lines
+
 from .client import ask
 from .output import dir_option, json_option, runtime_dir, say_json, table, wants_json
 
@@ -18,19 +20,39 @@ def domain() -> None:
 @click.option(
     "--group", help="Group; members of one group may talk to each other unless a policy says otherwise."
 )
+@click.option(
+    "--kind",
+    type=click.Choice(["container", "vm"]),
+    default="container",
+    show_default=True,
+    help="What it is.",
+)
+@click.option("--for", "monitor", type=click.Choice(FORMATS), default="qemu", help="Of a vm: its monitor.")
 @click.option("--uid", type=int, help="The user whose programs may use the door (a broker run by root).")
 @json_option
 @dir_option
 @click.pass_context
 def add(
-    ctx: click.Context, name: str, group: str | None, uid: int | None, as_json: bool, directory: str | None
+    ctx: click.Context,
+    name: str,
+    group: str | None,
+    kind: str,
+    monitor: str,
+    uid: int | None,
+    as_json: bool,
+    directory: str | None,
 ) -> None:
-    """Add a domain and open its door. Mount the directory that is printed into the container."""
-    answer = ask(runtime_dir(ctx, directory), "domain-add", name=name, group=group, uid=uid)
+    """Add a domain and open its door.
+
+    Mount the directory that is printed into the container; or give the lines to the monitor of the guest.
+    """
+    answer = ask(runtime_dir(ctx, directory), "domain-add", name=name, group=group, uid=uid, kind=kind)
     if wants_json(ctx, as_json):
         say_json(answer)
     else:
-        click.echo(answer["door"])
+        click.echo(
+            answer["door"] if kind == "container" else attachment_lines(answer["socket"], monitor).rstrip()
+        )
 
 
 @domain.command("list")
@@ -48,6 +70,7 @@ def list_(ctx: click.Context, as_json: bool, directory: str | None) -> None:
             d["number"],
             d["name"],
             d["group"],
+            d["kind"],
             "" if d["uid"] is None else d["uid"],
             d["origin"],
             d["attachments"],
@@ -56,7 +79,9 @@ def list_(ctx: click.Context, as_json: bool, directory: str | None) -> None:
         )
         for d in answer["domains"]
     )
-    table(None, (">number", "name", "group", ">uid", "from", ">programs", ">connections", "door"), rows)
+    table(
+        None, (">number", "name", "group", "kind", ">uid", "from", ">programs", ">connections", "door"), rows
+    )
 
 
 @domain.command()

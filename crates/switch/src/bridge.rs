@@ -1,0 +1,257 @@
+//! From a guest's socket to a program that is no guest, and back: the switch holds the program's lanes.
+//!
+//! Bytes from the guest are copied from its packets into the lane; what does not fit waits here, never more than
+//! [`WINDOW`], because the guest is told no more. Bytes to the guest are copied from the lane into its buffers.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use isthmus_engine::Source;
+use isthmus_engine::lane::Ends;
+use isthmus_ring::layout::{RESET, TAKES_NOTHING};
+use isthmus_ring::{Ring, Seen};
+use isthmus_sys::packet;
+
+use crate::vring::{Cursor, Piece};
+
+/// What a guest may have in flight towards a lane, bytes.
+pub const WINDOW: u32 = 1 << 20;
+
+/// The lanes of one connection, and their bell.
+pub struct Bridge {
+    ends: Ends,
+    bell: OwnedFd,
+    message: bool,
+    /// Bytes from the guest that the lane has not taken.
+    waiting: VecDeque<u8>,
+    /// Of seqpacket: the bytes of each whole message at the front of `waiting`.
+    messages: VecDeque<usize>,
+    /// Bytes behind the last whole message.
+    begun: usize,
+    /// Of the record at the front of the lane: bytes that the guest has.
+    shown: usize,
+    finish: bool,
+    gone: bool,
+}
+
+/// What lies at the front of the lane for the guest.
+pub enum Front {
+    Nothing,
+    /// A run of bytes, and whether a message ends with it.
+    Bytes(Piece, bool),
+    End,
+    /// The program is gone or broke the format.
+    Broken,
+}
+
+/// The lane broke, or the program takes no more: what became of bytes for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// So many bytes are in the lane.
+    Bytes(usize),
+    Broken,
+}
+
+impl Bridge {
+    /// `message`: the connection carries whole messages.
+    #[must_use]
+    pub fn new(ends: Ends, bell: OwnedFd, message: bool) -> Self {
+        Self {
+            ends,
+            bell,
+            message,
+            waiting: VecDeque::new(),
+            messages: VecDeque::new(),
+            begun: 0,
+            shown: 0,
+            finish: false,
+            gone: false,
+        }
+    }
+
+    #[must_use]
+    pub fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    fn ring(&self, ring: Ring) {
+        if ring == Ring::Bell {
+            // Full: a byte is on its way already. Gone: its end is read elsewhere.
+            let _ = packet::push(self.bell.as_fd(), &[0]);
+        }
+    }
+
+    /// Hear the bell: empties it, and notes when the program is gone.
+    pub fn hear(&mut self) {
+        let mut buffer = [0; 64];
+        while !self.gone {
+            match packet::pull(self.bell.as_fd(), &mut buffer) {
+                Ok(0) => self.gone = true,
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(_) => self.gone = true,
+            }
+        }
+    }
+
+    /// The program closed its side, or died.
+    #[must_use]
+    pub fn gone(&self) -> bool {
+        self.gone
+    }
+
+    /// Everything the guest sent is in the lane.
+    #[must_use]
+    pub fn flushed(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Bytes from the guest; `end`: a message ends with them. Returns how many the lane took now.
+    pub fn put(&mut self, payload: &mut Cursor<'_>, end: bool) -> Taken {
+        let mut taken = 0;
+        if self.waiting.is_empty() && !self.message {
+            let mut parts: Vec<(*const u8, usize)> = Vec::new();
+            while let Some((start, len)) = payload.next(usize::MAX) {
+                parts.push((start.cast_const(), len));
+            }
+            // SAFETY: the pieces are in a guest's memory, mapped while its packet is handled.
+            let mut source = unsafe { Source::new(&parts) };
+            let Ok(written) = self.ends.tx.write_stream(&mut source) else { return Taken::Broken };
+            let waiting = &mut self.waiting;
+            source.take(source.left(), |start, len| {
+                // SAFETY: as above.
+                waiting.extend(unsafe { std::slice::from_raw_parts(start, len) });
+            });
+            self.ring(written.ring);
+            taken = written.bytes;
+        } else {
+            let before = self.waiting.len();
+            while let Some((start, len)) = payload.next(usize::MAX) {
+                // SAFETY: as above.
+                self.waiting.extend(unsafe { std::slice::from_raw_parts(start, len) });
+            }
+            self.begun += self.waiting.len() - before;
+            if self.message && end {
+                self.messages.push_back(std::mem::take(&mut self.begun));
+            }
+        }
+        match self.push() {
+            Taken::Bytes(more) => Taken::Bytes(taken + more),
+            Taken::Broken => Taken::Broken,
+        }
+    }
+
+    /// Move what waits into the lane. Returns how many bytes it took.
+    pub fn push(&mut self) -> Taken {
+        let mut taken = 0;
+        loop {
+            let len = match (self.message, self.messages.front()) {
+                (true, Some(len)) => *len,
+                (false, _) if !self.waiting.is_empty() => self.waiting.len(),
+                _ => break,
+            };
+            let (front, back) = self.waiting.as_slices();
+            let first = front.len().min(len);
+            let parts = [(front.as_ptr(), first), (back.as_ptr(), len - first)];
+            // SAFETY: both are slices of ours; `len` is at most what waits.
+            let mut source = unsafe { Source::new(&parts) };
+            let tx = &mut self.ends.tx;
+            let written = if self.message {
+                tx.write_message(&mut source).ok().and_then(Result::ok)
+            } else {
+                tx.write_stream(&mut source).ok()
+            };
+            let Some(written) = written else { return Taken::Broken };
+            self.waiting.drain(..written.bytes);
+            taken += written.bytes;
+            self.ring(written.ring);
+            if self.message && written.all {
+                self.messages.pop_front();
+            }
+            if !written.all {
+                if self.ends.tx.arm().is_err() {
+                    return Taken::Broken;
+                }
+                if !self.ends.tx.has_space() {
+                    break;
+                }
+            }
+        }
+        if self.finish && self.waiting.is_empty() {
+            self.finish_now();
+        }
+        Taken::Bytes(taken)
+    }
+
+    /// The guest sends no more.
+    pub fn finish(&mut self) {
+        self.finish = true;
+        if self.waiting.is_empty() {
+            self.finish_now();
+        }
+    }
+
+    fn finish_now(&mut self) {
+        if !self.ends.tx.finished() {
+            let ring = self.ends.tx.finish().unwrap_or(Ring::Bell);
+            self.ring(ring);
+        }
+    }
+
+    /// The guest receives no more.
+    pub fn stop(&mut self, reset: bool) {
+        let ring = self.ends.rx.stop(if reset { RESET } else { TAKES_NOTHING }).unwrap_or(Ring::Bell);
+        self.ring(ring);
+    }
+
+    /// What the program still takes, as a lane says it.
+    #[must_use]
+    pub fn takes(&self) -> u32 {
+        self.ends.tx.peer_takes()
+    }
+
+    /// The next bytes for the guest. They stay until [`Bridge::took`].
+    pub fn front(&mut self) -> Front {
+        match self.ends.rx.look() {
+            Ok(Seen::Data(_)) => match self.ends.rx.front() {
+                Some((at, len)) => {
+                    let (at, len) = (at + self.shown, len - self.shown);
+                    Front::Bytes((self.ends.view.bytes(at, len).cast_mut(), len), self.message)
+                }
+                None => Front::Nothing,
+            },
+            Ok(Seen::Nothing) if self.gone => Front::Broken,
+            Ok(Seen::Nothing) => Front::Nothing,
+            Ok(Seen::End) => Front::End,
+            Err(_) => Front::Broken,
+        }
+    }
+
+    /// The guest has so many bytes of the front.
+    pub fn took(&mut self, len: usize) {
+        self.shown += len;
+        if self.ends.rx.front().is_none_or(|front| front.1 <= self.shown) {
+            self.shown = 0;
+            let ring = self.ends.rx.skip();
+            self.ring(ring);
+        }
+    }
+
+    /// Ask the program to ring when there is more. `true`: there is some already.
+    pub fn listen(&mut self) -> bool {
+        match self.ends.rx.prepare_to_sleep() {
+            Ok((quiet, ring)) => {
+                self.ring(ring);
+                !quiet
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Both directions end. What the lane has is delivered.
+    pub fn close(&mut self, reset: bool) {
+        self.stop(reset);
+        self.finish_now();
+        packet::shut(self.bell.as_fd());
+    }
+}

@@ -1,0 +1,296 @@
+//! Connections of guests' `AF_VSOCK` sockets, packet by packet.
+//!
+//! A flow has two sides. A side is a guest's socket, which speaks packets with credit; or a lane to a program that is
+//! no guest, for which the switch speaks them. Between two guests credit is end to end: what one announces, the other
+//! is told. Bytes wait in the switch only while the receiving guest has no buffers, and never more of them than the
+//! sender was told it may send, so what a guest can make the switch hold is bounded by what it was granted.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use isthmus_engine::lane::Offer;
+use isthmus_ring::layout::{COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, COUNTER_TX_BYTES, COUNTER_TX_MESSAGES};
+use isthmus_ring::{Mapped, Store};
+use isthmus_wire::control::TICKET;
+use isthmus_wire::vsock::Header;
+
+use crate::bridge::Bridge;
+
+pub type FlowId = u64;
+
+/// A guest's socket and the one it talks to: how packets find their flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub cid: u32,
+    pub port: u32,
+    pub peer: u32,
+    pub peer_port: u32,
+    pub kind: u16,
+}
+
+impl Key {
+    /// The same connection, seen from the other side.
+    #[must_use]
+    pub fn other(self) -> Self {
+        Self { cid: self.peer, port: self.peer_port, peer: self.cid, peer_port: self.port, kind: self.kind }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// The broker was asked for the opener.
+    Asking,
+    /// The accepting guest was asked.
+    Requested,
+    /// The accepting guest agreed; the opener is not told yet.
+    Accepted,
+    Open,
+}
+
+/// What waits to be sent to a guest's socket.
+#[derive(Default)]
+pub struct Out {
+    pub request: bool,
+    pub response: bool,
+    pub credit: bool,
+    pub credit_request: bool,
+    pub data: VecDeque<u8>,
+    /// Of seqpacket sockets: bytes of `data` that belong together, and the flags of their last packet.
+    pub marks: VecDeque<(usize, u32)>,
+    /// Flags of the `SHUTDOWN` that follows the data.
+    pub shutdown: u32,
+    /// The last packet of all.
+    pub reset: bool,
+    /// The guest's list of flows with something to send has this one.
+    pub queued: bool,
+}
+
+impl Out {
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let Self { request, response, credit, credit_request, data, marks, shutdown, reset, queued: _ } =
+            self;
+        let flags = *request || *response || *credit || *credit_request || *reset;
+        !flags && data.is_empty() && marks.is_empty() && *shutdown == 0
+    }
+}
+
+/// A guest's socket.
+#[derive(Default)]
+pub struct Socket {
+    pub out: Out,
+    /// As the guest said last: its buffer, and how much it took from it.
+    pub buf_alloc: u32,
+    pub fwd_cnt: u32,
+    /// Bytes that were sent to it.
+    pub sent: u32,
+    /// Bytes that came from it, and up to where it was told it may send. Both wrap.
+    pub received: u32,
+    pub edge: u32,
+    /// Of those, bytes that the other side took (counted here only if that is a lane).
+    pub taken: u32,
+    /// `taken` when the guest was last told.
+    pub told: u32,
+    /// What it has shut down, and what it was told that the other side has.
+    pub shut: u32,
+    pub told_shut: u32,
+}
+
+impl Socket {
+    /// Believe what a packet says about its sender's buffer. `true`: there is news.
+    pub fn credit(&mut self, header: &Header) -> bool {
+        let news = (self.buf_alloc, self.fwd_cnt) != (header.buf_alloc, header.fwd_cnt);
+        (self.buf_alloc, self.fwd_cnt) = (header.buf_alloc, header.fwd_cnt);
+        news
+    }
+
+    /// Bytes that may be sent to it now.
+    #[must_use]
+    pub fn room(&self) -> u32 {
+        let flying = self.sent.wrapping_sub(self.fwd_cnt);
+        // A guest that says it took more than it got has `flying` near 2^32.
+        self.buf_alloc.saturating_sub(flying)
+    }
+
+    /// Note what the guest is told in a packet's header: it may send so much.
+    pub fn grant(&mut self, buf_alloc: u32, fwd_cnt: u32) {
+        let edge = fwd_cnt.wrapping_add(buf_alloc);
+        if ahead(edge, self.edge) {
+            self.edge = edge;
+        }
+    }
+
+    /// Count bytes that came. `false`: more than it was told.
+    #[must_use]
+    pub fn receive(&mut self, len: u32) -> bool {
+        self.received = self.received.wrapping_add(len);
+        !ahead(self.received, self.edge)
+    }
+}
+
+/// Is `a` after `b`? Both wrap; they are less than 2^31 apart.
+fn ahead(a: u32, b: u32) -> bool {
+    let by = a.wrapping_sub(b);
+    by != 0 && by < 1 << 31
+}
+
+/// The lane of an opener that is no guest, until the guest has agreed.
+pub struct Waiting {
+    pub lane: OwnedFd,
+    pub bell: OwnedFd,
+    pub secret: u64,
+    pub small: u32,
+    pub large: u32,
+}
+
+pub enum Side {
+    Guest(Socket),
+    Lane(Box<Bridge>),
+    Waiting(Box<Waiting>),
+    /// Not known yet.
+    Unknown,
+}
+
+/// What the broker knows of a side that came through a guest's door.
+pub struct Held {
+    pub connection: u64,
+    pub ticket: [u8; TICKET],
+    /// This side's memory. Between guests only its page is used, for the totals.
+    offer: Offer,
+    totals: Mapped,
+}
+
+impl Held {
+    #[must_use]
+    pub fn new(offer: Offer) -> Self {
+        let totals = Mapped::new(offer.counters().clone());
+        Self { connection: 0, ticket: [0; TICKET], offer, totals }
+    }
+
+    #[must_use]
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+}
+
+pub struct Flow {
+    /// As the opener sees it.
+    pub key: Key,
+    pub state: State,
+    /// Opener, accepter.
+    pub sides: [Side; 2],
+    pub held: [Option<Held>; 2],
+    /// Bytes and messages from the opener, from the accepter.
+    sent: [(u64, u64); 2],
+    /// The flow has ended; a guest is yet to be told.
+    pub ended: bool,
+    /// When to give up on a guest that does not answer.
+    pub deadline: Option<Instant>,
+}
+
+pub const OPENER: usize = 0;
+pub const ACCEPTER: usize = 1;
+
+impl Flow {
+    #[must_use]
+    pub fn new(key: Key, state: State, sides: [Side; 2]) -> Self {
+        Self { key, state, sides, held: [None, None], sent: [(0, 0); 2], ended: false, deadline: None }
+    }
+
+    /// Count bytes between two guests, for the broker's accounts. Lanes count by themselves.
+    pub fn count(&mut self, from: usize, bytes: u32) {
+        let Some(total) = self.sent.get_mut(from) else { return };
+        total.0 += u64::from(bytes);
+        total.1 += 1;
+        let totals = [
+            (from, COUNTER_TX_BYTES, COUNTER_TX_MESSAGES),
+            (1 - from, COUNTER_RX_BYTES, COUNTER_RX_MESSAGES),
+        ];
+        for (side, bytes, messages) in totals {
+            if let Some(held) = &self.held[side] {
+                held.totals.counter(bytes, total.0);
+                held.totals.counter(messages, total.1);
+            }
+        }
+    }
+
+    /// The connection as this side sees it.
+    #[must_use]
+    pub fn key_of(&self, side: usize) -> Key {
+        if side == OPENER { self.key } else { self.key.other() }
+    }
+
+    #[must_use]
+    pub fn socket(&mut self, side: usize) -> Option<&mut Socket> {
+        match self.sides.get_mut(side) {
+            Some(Side::Guest(socket)) => Some(socket),
+            _ => None,
+        }
+    }
+
+    #[must_use]
+    pub fn bridge(&mut self, side: usize) -> Option<&mut Bridge> {
+        match self.sides.get_mut(side) {
+            Some(Side::Lane(bridge)) => Some(bridge),
+            _ => None,
+        }
+    }
+
+    /// The header of a packet to this side's guest: who sends it, and what it may send. `window` bounds the buffer
+    /// that is announced to it.
+    pub fn header(&mut self, side: usize, op: u16, window: u32) -> Header {
+        let key = self.key_of(side);
+        let (buf_alloc, fwd_cnt) = match &self.sides[1 - side] {
+            Side::Guest(other) => (other.buf_alloc.min(window), other.fwd_cnt),
+            Side::Lane(_) | Side::Waiting(_) | Side::Unknown => {
+                (crate::bridge::WINDOW, self.socket(side).map_or(0, |socket| socket.taken))
+            }
+        };
+        if let Some(socket) = self.socket(side) {
+            socket.grant(buf_alloc, fwd_cnt);
+            socket.told = socket.taken;
+        }
+        Header {
+            src_cid: key.peer.into(),
+            dst_cid: key.cid.into(),
+            src_port: key.peer_port,
+            dst_port: key.port,
+            kind: key.kind,
+            op,
+            buf_alloc,
+            fwd_cnt,
+            ..Header::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_may_send_what_it_was_told_and_not_a_byte_more() {
+        let mut socket = Socket { received: u32::MAX - 10, edge: u32::MAX - 10, ..Socket::default() };
+        socket.grant(100, u32::MAX - 10);
+        assert!(socket.receive(100));
+        assert!(!socket.receive(1));
+    }
+
+    #[test]
+    fn a_smaller_window_takes_back_nothing_that_was_granted() {
+        let mut socket = Socket::default();
+        socket.grant(1000, 0);
+        socket.grant(10, 0);
+        assert!(socket.receive(1000));
+        assert!(!socket.receive(1));
+    }
+
+    #[test]
+    fn whoever_claims_to_have_taken_more_than_it_got_gets_no_room() {
+        let mut socket = Socket::default();
+        let lie = Header { buf_alloc: 4096, fwd_cnt: 1, ..Header::default() };
+        assert!(socket.credit(&lie));
+        assert_eq!(socket.room(), 0);
+    }
+}

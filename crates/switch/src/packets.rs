@@ -1,0 +1,241 @@
+//! From guests: what lies in their transmit queues.
+
+use std::sync::Arc;
+
+use isthmus_wire::control::{Message, Refusal};
+use isthmus_wire::vsock::{
+    self, CREDIT_REQUEST, CREDIT_UPDATE, Header, REQUEST, RESPONSE, RST, RW, SEQPACKET, SHUTDOWN,
+    SHUTDOWN_RECEIVE, SHUTDOWN_SEND, STREAM,
+};
+
+use crate::bridge::{Taken, WINDOW};
+use crate::device::TX;
+use crate::flow::{ACCEPTER, FlowId, Key, OPENER, Side, State};
+use crate::switch::Switch;
+use crate::vring::{Chain, Cursor, parse};
+
+/// Resets that wait for a guest that has no buffers; whatever else it sends to nobody is not answered.
+const RESETS_MAX: usize = 1024;
+/// Bytes that may wait in the switch for one guest, shared by the flows to it; each gets at least the second.
+const WINDOW_GUEST: u32 = 16 << 20;
+const WINDOW_MIN: u32 = 64 << 10;
+
+impl Switch {
+    /// Take at most `budget` packets from a guest. `true`: there may be more.
+    pub(crate) fn take_packets(&mut self, cid: u32, budget: usize) -> bool {
+        let mut chain = std::mem::take(&mut self.chain);
+        let more = self.take_into(cid, budget, &mut chain);
+        self.chain = chain;
+        more
+    }
+
+    fn take_into(&mut self, cid: u32, budget: usize, chain: &mut Chain) -> bool {
+        for turn in 0..budget {
+            let Some(device) = self.guests.get_mut(&cid).and_then(|guest| guest.device.as_mut()) else {
+                return false;
+            };
+            let Some((vring, memory)) = device.vring(TX) else { return false };
+            let memory = Arc::clone(memory);
+            if turn == 0 {
+                vring.ignore(&memory);
+            }
+            let taken = match vring.take(&memory, false, chain) {
+                Ok(false) if vring.listen(&memory) => continue,
+                Ok(false) => return false,
+                Ok(true) => parse(chain),
+                Err(fault) => Err(fault),
+            };
+            match taken {
+                Ok((header, payload)) => self.handle_packet(cid, header, payload),
+                Err(fault) => {
+                    self.blame(cid, &fault);
+                    return false;
+                }
+            }
+            let device = self.guests.get_mut(&cid).and_then(|guest| guest.device.as_mut());
+            if let Some((vring, memory)) = device.and_then(|device| device.vring(TX)) {
+                vring.keep(&Arc::clone(memory), chain);
+            }
+        }
+        true
+    }
+
+    fn handle_packet(&mut self, cid: u32, mut header: Header, payload: Cursor<'_>) {
+        // Whatever it says.
+        header.src_cid = cid.into();
+        let Ok(peer) = u32::try_from(header.dst_cid) else { return self.answer_reset(cid, &header) };
+        let key = Key { cid, port: header.src_port, peer, peer_port: header.dst_port, kind: header.kind };
+        match (self.keys.get(&key).copied(), header.op) {
+            (None, RST) => {}
+            (None, REQUEST) if matches!(header.kind, STREAM | SEQPACKET) => self.open(key, &header),
+            (None, _) => self.answer_reset(cid, &header),
+            (Some((id, side)), _) => self.handle_known(id, side, &header, payload),
+        }
+    }
+
+    /// Nobody knows what this packet is about: say so. A reset is never answered.
+    pub(crate) fn answer_reset(&mut self, cid: u32, header: &Header) {
+        if let Some(guest) = self.guests.get_mut(&cid) {
+            if header.op != RST && guest.resets.len() < RESETS_MAX {
+                guest.resets.push_back(header.answer(RST));
+            }
+        }
+    }
+
+    fn handle_known(&mut self, id: FlowId, side: usize, header: &Header, payload: Cursor<'_>) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if flow.ended {
+            return;
+        }
+        let cid = flow.key_of(side).cid;
+        let state = flow.state;
+        let Some(socket) = flow.socket(side) else { return };
+        let news = socket.credit(header);
+        let talks = if side == OPENER {
+            state == State::Open
+        } else {
+            matches!(state, State::Accepted | State::Open)
+        };
+        match header.op {
+            RST => {
+                if side == ACCEPTER && state == State::Requested {
+                    self.refuse(id, Refusal::NobodyListens);
+                }
+                return self.end_flow(id, Some(cid));
+            }
+            RESPONSE if side == ACCEPTER && state == State::Requested => self.accepted(id),
+            RW if talks => self.handle_bytes(id, side, header, payload),
+            SHUTDOWN if talks => self.handle_shutdown(id, side, header.flags),
+            CREDIT_UPDATE if talks => {}
+            CREDIT_REQUEST if talks => match flow.socket(1 - side) {
+                Some(other) => {
+                    other.out.credit_request = true;
+                    self.queue(id, 1 - side);
+                }
+                None => {
+                    if let Some(socket) = flow.socket(side) {
+                        socket.out.credit = true;
+                    }
+                    self.queue(id, side);
+                }
+            },
+            // It does not keep to the protocol, or says something twice: the connection is worth nothing.
+            _ => {
+                if side == ACCEPTER && state == State::Requested {
+                    self.refuse(id, Refusal::NobodyListens);
+                }
+                return self.end_flow(id, None);
+            }
+        }
+        if news {
+            self.pass_credit(id, side, header.op);
+        }
+    }
+
+    /// A guest's buffer has changed: the other guest hears of it, or the lane may go on.
+    fn pass_credit(&mut self, id: FlowId, side: usize, op: u16) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if flow.bridge(1 - side).is_some() {
+            self.queue(id, side);
+        } else if op == CREDIT_UPDATE {
+            if let Some(other) = flow.socket(1 - side) {
+                other.out.credit = true;
+                self.queue(id, 1 - side);
+            }
+        }
+    }
+
+    /// How large a buffer may be announced for bytes towards this guest.
+    pub(crate) fn window(&self, cid: u32) -> u32 {
+        let flows = self.guests.get(&cid).map_or(1, |guest| guest.flows.len().max(1));
+        (WINDOW_GUEST / u32::try_from(flows).unwrap_or(u32::MAX)).max(WINDOW_MIN)
+    }
+
+    fn handle_bytes(&mut self, id: FlowId, side: usize, header: &Header, mut payload: Cursor<'_>) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let Some(socket) = flow.socket(side) else { return };
+        if !socket.receive(header.len) {
+            // More than it was told it may send.
+            return self.end_flow(id, None);
+        }
+        let mut pieces = Vec::new();
+        let mut left = header.len as usize;
+        while let Some(piece) = payload.next(left) {
+            left -= piece.1;
+            pieces.push(piece);
+        }
+        let mut payload = Cursor::new(&pieces);
+        let message = flow.key.kind == SEQPACKET;
+        if header.len == 0 && !message {
+            return;
+        }
+        match &mut flow.sides[1 - side] {
+            Side::Guest(_) => {
+                flow.count(side, header.len);
+                let flags = if message { header.flags } else { 0 };
+                self.send_bytes(id, 1 - side, flags, &mut payload);
+            }
+            Side::Lane(bridge) => {
+                let taken = bridge.put(&mut payload, header.flags & vsock::SEQ_EOM != 0);
+                self.note_taken(id, side, taken);
+            }
+            Side::Waiting(_) | Side::Unknown => {}
+        }
+    }
+
+    /// The lane took bytes of this guest's: it may send more.
+    pub(crate) fn note_taken(&mut self, id: FlowId, side: usize, taken: Taken) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let Taken::Bytes(bytes) = taken else { return self.end_flow(id, None) };
+        let Some(socket) = flow.socket(side) else { return };
+        socket.taken = socket.taken.wrapping_add(bytes as u32);
+        if socket.taken.wrapping_sub(socket.told) > WINDOW / 2 {
+            socket.out.credit = true;
+            self.queue(id, side);
+        }
+    }
+
+    fn handle_shutdown(&mut self, id: FlowId, side: usize, flags: u32) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let both = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+        let Some(socket) = flow.socket(side) else { return };
+        socket.shut |= flags & both;
+        let shut = socket.shut;
+        match &mut flow.sides[1 - side] {
+            Side::Guest(other) => {
+                other.out.shutdown |= shut;
+                self.queue(id, 1 - side);
+            }
+            Side::Lane(bridge) => {
+                if shut & SHUTDOWN_SEND != 0 {
+                    bridge.finish();
+                }
+                if shut & SHUTDOWN_RECEIVE != 0 {
+                    bridge.stop(false);
+                }
+                self.end_if_done(id);
+            }
+            Side::Waiting(_) | Side::Unknown => {}
+        }
+    }
+
+    /// A guest that has shut down both directions is told that the end has come once its lane has everything.
+    pub(crate) fn end_if_done(&mut self, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let both = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+        for side in [OPENER, ACCEPTER] {
+            let shut = flow.socket(side).is_some_and(|socket| socket.shut == both);
+            if shut && flow.bridge(1 - side).is_some_and(|bridge| bridge.flushed() || bridge.gone()) {
+                return self.end_flow(id, None);
+            }
+        }
+    }
+
+    /// Tell the broker that nobody took this connection.
+    pub(crate) fn refuse(&mut self, id: FlowId, refusal: Refusal) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let cid = flow.key_of(ACCEPTER).cid;
+        let Some(held) = flow.held[ACCEPTER].take() else { return };
+        self.tell_home(cid, &Message::Refuse { connection: held.connection, refusal }, &[]);
+    }
+}

@@ -1,0 +1,405 @@
+//! The crank: waits for descriptors, gives each guest its turn.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use isthmus_sys::packet;
+use isthmus_sys::poll::{Ready, Set};
+use isthmus_wire::control::{self, GuestState, MESSAGE_MAX, Message};
+use rustix::net::SocketFlags;
+
+use crate::Fault;
+use crate::attachment::Attachment;
+use crate::device::{Changed, Device, RX, TX};
+use crate::flow::{Flow, FlowId, Key};
+use crate::vring::Chain;
+
+/// Packets that one guest may send before the others get their turn.
+const TURN_PACKETS: usize = 64;
+/// With neither a broker nor a guest for so long, nobody will come.
+const LONELY: Duration = Duration::from_secs(5);
+/// Between attempts to reach a broker that is gone.
+pub(crate) const AGAIN: Duration = Duration::from_millis(200);
+
+/// What a token is about: the upper byte; the rest says which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Topic {
+    Broker = 1,
+    Listener = 2,
+    Device = 3,
+    Kick = 4,
+    Home = 5,
+    Bell = 6,
+}
+
+impl Topic {
+    const ALL: [Self; 6] = [Self::Broker, Self::Listener, Self::Device, Self::Kick, Self::Home, Self::Bell];
+
+    fn token(self, which: u64) -> u64 {
+        u64::from(self as u8) << 56 | which
+    }
+
+    fn from_token(token: u64) -> Option<(Self, u64)> {
+        let topic = Self::ALL.into_iter().find(|topic| u64::from(*topic as u8) == token >> 56)?;
+        Some((topic, token & ((1 << 56) - 1)))
+    }
+}
+
+/// A guest: its device, and what waits for it.
+pub(crate) struct Guest {
+    pub(crate) name: String,
+    listener: OwnedFd,
+    pub(crate) door: OwnedFd,
+    pub(crate) device: Option<Device>,
+    pub(crate) home: Attachment,
+    /// Flows that have something to send to this guest, each once; and which side of the flow it is.
+    pub(crate) ready: VecDeque<(FlowId, usize)>,
+    pub(crate) flows: HashSet<FlowId>,
+    /// Packets of it that nobody has a flow for, to be answered by resets.
+    pub(crate) resets: VecDeque<isthmus_wire::vsock::Header>,
+    /// It may have sent something; it has buffers for more than it got in its turn.
+    sending: bool,
+    pub(crate) pressed: bool,
+    state: GuestState,
+}
+
+pub struct Switch {
+    set: Set,
+    /// Where the broker connects, and its connection.
+    listener: OwnedFd,
+    broker: Option<OwnedFd>,
+    pub(crate) guests: HashMap<u32, Guest>,
+    pub(crate) flows: HashMap<FlowId, Flow>,
+    pub(crate) keys: HashMap<Key, (FlowId, usize)>,
+    last_flow: FlowId,
+    /// When guests that do not answer were last looked for.
+    pub(crate) swept: Instant,
+    /// A chain in use, kept for its allocation.
+    pub(crate) chain: Chain,
+    pub(crate) scratch: Chain,
+}
+
+impl Switch {
+    /// `listener`: a listening `SOCK_SEQPACKET` socket, on which the broker tells us of its guests.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn new(listener: OwnedFd) -> io::Result<Self> {
+        isthmus_sys::cpu::raise_descriptor_limit();
+        let set = Set::new()?;
+        set.add(listener.as_fd(), Topic::Broker.token(0))?;
+        Ok(Self {
+            set,
+            listener,
+            broker: None,
+            guests: HashMap::new(),
+            flows: HashMap::new(),
+            keys: HashMap::new(),
+            last_flow: 0,
+            swept: Instant::now(),
+            chain: Chain::default(),
+            scratch: Chain::default(),
+        })
+    }
+
+    /// Serve until `stop` says so or, unless `stay`, nobody needs us. `stop` is asked in every turn, at least once a second, and told whether a signal came.
+    ///
+    /// # Errors
+    /// The kernel does not let us wait.
+    pub fn run(&mut self, stay: bool, mut stop: impl FnMut(bool) -> bool) -> io::Result<()> {
+        let mut events = Vec::new();
+        let mut interrupted = false;
+        let mut busy = Instant::now();
+        while !stop(interrupted) {
+            if self.broker.is_some() || self.guests.values().any(|guest| guest.device.is_some()) {
+                busy = Instant::now();
+            } else if !stay && busy.elapsed() > LONELY {
+                break;
+            }
+            events.clear();
+            interrupted = match self.set.wait(Some(self.patience()), &mut events) {
+                Ok(()) => false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
+                Err(error) => return Err(error),
+            };
+            for (token, ready) in events.drain(..) {
+                self.handle(token, ready);
+            }
+            self.attach_again();
+            self.turn();
+        }
+        Ok(())
+    }
+
+    /// How long nothing needs to be done.
+    fn patience(&self) -> Duration {
+        if self.guests.values().any(|guest| guest.sending || guest.pressed) {
+            return Duration::ZERO;
+        }
+        let soon = self.guests.values().filter_map(|guest| guest.home.again).min();
+        let left = soon.map(|at| at.saturating_duration_since(Instant::now()));
+        left.unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(1))
+    }
+
+    fn handle(&mut self, token: u64, ready: Ready) {
+        let Some((topic, which)) = Topic::from_token(token) else { return };
+        let cid = which as u32;
+        match topic {
+            Topic::Broker if which == 0 => self.meet_broker(),
+            Topic::Broker => self.hear_broker(),
+            Topic::Listener => self.meet_monitor(cid),
+            Topic::Device => self.hear_monitor(cid),
+            Topic::Kick => {
+                if let Some(guest) = self.guests.get_mut(&cid) {
+                    guest.sending = true;
+                }
+            }
+            Topic::Home => self.hear_home(cid, ready),
+            Topic::Bell => self.hear_bell(which),
+        }
+    }
+
+    /// Every guest that sends gets a turn; every guest for which something waits gets it.
+    fn turn(&mut self) {
+        let cids: Vec<u32> = self.guests.keys().copied().collect();
+        for cid in &cids {
+            if self.guests.get(cid).is_some_and(|guest| guest.sending) {
+                let more = self.take_packets(*cid, TURN_PACKETS);
+                if let Some(guest) = self.guests.get_mut(cid) {
+                    guest.sending = more;
+                }
+            }
+        }
+        for cid in cids {
+            if let Some(guest) = self.guests.get_mut(&cid) {
+                guest.pressed = false;
+            }
+            self.deliver(cid);
+            let Some(guest) = self.guests.get_mut(&cid) else { continue };
+            let Some(device) = &mut guest.device else { continue };
+            // Who receives first: it is what somebody waits for.
+            for index in [RX, TX] {
+                if let Some((vring, memory)) = device.vring(index) {
+                    vring.tell(&memory.clone());
+                }
+            }
+        }
+    }
+
+    // ---- the broker
+
+    fn meet_broker(&mut self) {
+        let accepted = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+        let Ok(socket) = accepted else { return };
+        // A broker that starts takes the place of the one before.
+        if let Some(old) = self.broker.take() {
+            let _ = self.set.remove(old.as_fd());
+        }
+        if self.set.add(socket.as_fd(), Topic::Broker.token(1)).is_ok() {
+            self.broker = Some(socket);
+        }
+    }
+
+    fn hear_broker(&mut self) {
+        loop {
+            let Some(socket) = &self.broker else { return };
+            let mut buffer = [0; MESSAGE_MAX];
+            let (len, descriptors) = match packet::receive(socket.as_fd(), &mut buffer) {
+                Ok((0, _)) => break,
+                Ok(received) => received,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => break,
+            };
+            let Ok((request, message)) = control::decode(&buffer[..len]) else { break };
+            match message {
+                Message::Guest { cid, name } => {
+                    let Ok([listener, door]) = <[OwnedFd; 2]>::try_from(descriptors) else { break };
+                    self.add_guest(cid, name, listener, door);
+                }
+                Message::GuestGone { cid } => self.remove_guest(cid),
+                _ => break,
+            }
+            self.tell_broker(request, &Message::Done {});
+            for cid in self.guests.keys().copied().collect::<Vec<_>>() {
+                self.tell_state(cid);
+            }
+        }
+        if let Some(socket) = self.broker.take() {
+            let _ = self.set.remove(socket.as_fd());
+        }
+    }
+
+    fn tell_broker(&self, request: u32, message: &Message<'_>) {
+        let Some(socket) = &self.broker else { return };
+        let mut packet = [0; MESSAGE_MAX];
+        if let Ok(len) = control::encode(request, message, &mut packet) {
+            // A broker that does not read asks again when it restarts.
+            let _ = packet::send(socket.as_fd(), &packet[..len], &[]);
+        }
+    }
+
+    fn add_guest(&mut self, cid: u32, name: &str, listener: OwnedFd, door: OwnedFd) {
+        if self.set.add(listener.as_fd(), Topic::Listener.token(cid.into())).is_err() {
+            return;
+        }
+        if let Some(guest) = self.guests.get_mut(&cid) {
+            let _ = self.set.remove(guest.listener.as_fd());
+            (guest.listener, guest.door) = (listener, door);
+        } else {
+            let guest = Guest {
+                name: name.to_owned(),
+                listener,
+                door,
+                device: None,
+                home: Attachment::new(cid),
+                ready: VecDeque::new(),
+                flows: HashSet::new(),
+                resets: VecDeque::new(),
+                sending: false,
+                pressed: false,
+                state: GuestState::Waiting,
+            };
+            self.guests.insert(cid, guest);
+        }
+        self.attach(cid);
+    }
+
+    fn remove_guest(&mut self, cid: u32) {
+        self.end_device(cid, "the domain was removed");
+        if let Some(guest) = self.guests.remove(&cid) {
+            let _ = self.set.remove(guest.listener.as_fd());
+            if let Some(home) = &guest.home.socket {
+                let _ = self.set.remove(home.as_fd());
+            }
+        }
+    }
+
+    // ---- monitors
+
+    fn meet_monitor(&mut self, cid: u32) {
+        let Some(guest) = self.guests.get_mut(&cid) else { return };
+        let accepted =
+            rustix::net::accept_with(&guest.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+        let Ok(socket) = accepted else { return };
+        // A second monitor is turned away: the first one has the guest.
+        if guest.device.is_none() && self.set.add(socket.as_fd(), Topic::Device.token(cid.into())).is_ok() {
+            guest.device = Some(Device::new(socket, cid));
+            self.note_state(cid, "a monitor has connected");
+        }
+    }
+
+    fn hear_monitor(&mut self, cid: u32) {
+        loop {
+            let Some(device) = self.guests.get_mut(&cid).and_then(|guest| guest.device.as_mut()) else {
+                return;
+            };
+            let heard = device.handle_readable();
+            for kick in device.retired() {
+                let _ = self.set.remove(kick.as_fd());
+            }
+            match heard {
+                Ok(None) => return,
+                Ok(Some(Changed::Nothing)) => {}
+                Ok(Some(Changed::Memory)) => {}
+                Ok(Some(Changed::Started(index))) => {
+                    if let Some(kick) = device.kick(index) {
+                        let _ = self.set.add_edge(kick, Topic::Kick.token(u64::from(cid)));
+                    }
+                    if let Some((vring, memory)) = device.vring(index) {
+                        let memory = memory.clone();
+                        vring.listen(&memory);
+                    }
+                    if let Some(guest) = self.guests.get_mut(&cid) {
+                        guest.sending = true;
+                    }
+                    self.note_state(cid, "");
+                }
+                Ok(Some(Changed::Stopped(index))) => {
+                    if index == TX || index == RX {
+                        self.reset_flows(cid);
+                        self.note_state(cid, "the guest has reset its device");
+                    }
+                }
+                Err(fault) => {
+                    self.end_device(cid, &fault.to_string());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// A fault of a guest's or its monitor's, or its end: the device is gone, and with it all connections.
+    pub(crate) fn end_device(&mut self, cid: u32, why: &str) {
+        self.reset_flows(cid);
+        let Some(guest) = self.guests.get_mut(&cid) else { return };
+        guest.sending = false;
+        if let Some(device) = guest.device.take() {
+            let _ = self.set.remove(device.as_fd());
+            for index in [RX, TX] {
+                if let Some(kick) = device.kick(index) {
+                    let _ = self.set.remove(kick);
+                }
+            }
+            self.note_state(cid, why);
+        }
+    }
+
+    pub(crate) fn blame(&mut self, cid: u32, fault: &Fault) {
+        self.end_device(cid, &fault.to_string());
+    }
+
+    fn reset_flows(&mut self, cid: u32) {
+        let Some(guest) = self.guests.get_mut(&cid) else { return };
+        guest.ready.clear();
+        guest.resets.clear();
+        let flows: Vec<FlowId> = guest.flows.iter().copied().collect();
+        for flow in flows {
+            self.end_flow(flow, Some(cid));
+        }
+    }
+
+    fn note_state(&mut self, cid: u32, text: &str) {
+        let Some(guest) = self.guests.get_mut(&cid) else { return };
+        guest.state = match &guest.device {
+            None => GuestState::Waiting,
+            Some(device) if device.running() => GuestState::Running,
+            Some(_) => GuestState::Attached,
+        };
+        let message = Message::GuestState { cid, state: guest.state, text };
+        self.tell_broker(0, &message);
+    }
+
+    fn tell_state(&self, cid: u32) {
+        let Some(guest) = self.guests.get(&cid) else { return };
+        self.tell_broker(0, &Message::GuestState { cid, state: guest.state, text: "" });
+    }
+
+    // ---- what the parts need of each other
+
+    pub(crate) fn new_flow(&mut self) -> FlowId {
+        self.last_flow += 1;
+        self.last_flow
+    }
+
+    pub(crate) fn watch_home(&self, cid: u32, socket: BorrowedFd<'_>) -> bool {
+        self.set.add(socket, Topic::Home.token(cid.into())).is_ok()
+    }
+
+    /// Report also when the broker's socket can be written again, while something waits for that.
+    pub(crate) fn watch_home_again(&self, cid: u32, blocked: bool) {
+        if let Some(socket) = self.guests.get(&cid).and_then(|guest| guest.home.socket.as_ref()) {
+            let _ = self.set.watch(socket.as_fd(), Topic::Home.token(cid.into()), blocked);
+        }
+    }
+
+    pub(crate) fn watch_bell(&self, flow: FlowId, bell: BorrowedFd<'_>) -> bool {
+        self.set.add(bell, Topic::Bell.token(flow)).is_ok()
+    }
+
+    pub(crate) fn forget(&self, descriptor: BorrowedFd<'_>) {
+        let _ = self.set.remove(descriptor);
+    }
+}

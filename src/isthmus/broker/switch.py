@@ -1,0 +1,204 @@
+"""The switch, from the broker's side: it is started, told of the guests, and outlives the broker.
+
+The switch owns the guests' vhost-user sockets, and no monitor of virtual machines connects again to a device
+that died; so it is a process of its own, which a restarted broker finds again by its socket. What its guests'
+programs want it asks through their doors, like any program.
+
+Format: docs/formats/control.md, "Between broker and switch".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isthmus import _native
+from isthmus._native import CONTROL_MESSAGE_MAX, control_decode, control_encode
+
+from .doors import bind_at
+from .log import Log
+
+if TYPE_CHECKING:
+    from .directory import Domain
+    from .doors import Door
+
+NAME = "switch"
+#: Between looks for a switch that is starting.
+RETRY_S = 0.05
+#: A switch that does not come up in this time is started once more.
+START_S = 10.0
+
+
+class Switch:
+    """The broker's line to the switch of its node. Without guests there is none."""
+
+    def __init__(self, directory: Path, log: Log, loop: asyncio.AbstractEventLoop) -> None:
+        self._path = directory / NAME
+        self._directory = directory
+        self._log = log
+        self._loop = loop
+        self._guests: dict[int, tuple[Domain, Door]] = {}
+        self._states: dict[int, str] = {}
+        self._sock: socket.socket | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._give_up = 0.0
+
+    def state_of(self, domain: Domain) -> str:
+        """``waiting``, ``attached`` or ``running``; ``no switch`` while there is none."""
+        return self._states.get(domain.number, "no switch")
+
+    def add(self, domain: Domain, door: Door) -> None:
+        self._guests[domain.number] = (domain, door)
+        if self._sock is None:
+            self._look()
+        else:
+            self._tell(domain, door)
+
+    def remove(self, domain: Domain) -> None:
+        if self._guests.pop(domain.number, None) is not None:
+            self._states.pop(domain.number, None)
+            self._send(control_encode("guest-gone", 1, cid=domain.number))
+
+    def close(self) -> None:
+        """Leave the switch alone; it goes on without us."""
+        self._guests.clear()
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        self._hang_up()
+
+    def _look(self) -> None:
+        """Connect to the switch, starting it if there is none."""
+        self._retry = None
+        if self._sock is not None or not self._guests:
+            return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(str(self._path))
+        except OSError:
+            sock.close()
+            self._start()
+            self._retry = self._loop.call_later(RETRY_S, self._look)
+            return
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop.add_reader(sock.fileno(), self._handle_readable)
+        for domain, door in list(self._guests.values()):
+            self._tell(domain, door)
+
+    def _start(self) -> None:
+        now = self._loop.time()
+        if self._process is not None and self._process.poll() is None and now < self._give_up:
+            return
+        self._give_up = now + START_S
+        command = [sys.executable, "-m", "isthmus", "switch", "--dir", str(self._directory)]
+        # A session of its own: what stops the broker does not stop the guests' device.
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._log.info("switch", text="started", pid=self._process.pid)
+
+    def _tell(self, domain: Domain, door: Door) -> None:
+        try:
+            listener, directory = door.open_device()
+        except OSError as error:
+            self._log.error("switch", domain=domain.name, text=f"{door.path}: {error.strerror}")
+            return
+        try:
+            packet = control_encode("guest", 1, cid=domain.number, name=domain.name)
+            self._send(packet, (listener.fileno(), directory))
+        finally:
+            listener.close()
+            os.close(directory)
+
+    def _send(self, packet: bytes, fds: tuple[int, ...] = ()) -> None:
+        if self._sock is None:
+            return
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+        try:
+            self._sock.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            # A switch that does not read is none: begin again.
+            self._log.error("switch", text=f"it cannot be told: {error.strerror}")
+            self._lose()
+
+    def _handle_readable(self) -> None:
+        while self._sock is not None:
+            try:
+                packet = self._sock.recv(CONTROL_MESSAGE_MAX)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                self._log.error("switch", text="it ended; guests have no device until they boot again")
+                self._lose()
+                return
+            kind, _, fields = control_decode(packet)
+            if kind == "guest-state":
+                self._note(int(fields["cid"]), str(fields["state"]), str(fields["text"]))
+
+    def _note(self, cid: int, state: str, why: str) -> None:
+        if cid in self._guests and self._states.get(cid) != state:
+            self._states[cid] = state
+            self._log.info("device", domain=self._guests[cid][0].name, state=state, why=why)
+
+    def _lose(self) -> None:
+        self._hang_up()
+        if self._guests and self._retry is None:
+            self._retry = self._loop.call_later(RETRY_S, self._look)
+
+    def _hang_up(self) -> None:
+        self._states.clear()
+        if self._sock is not None:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+
+
+class ServeError(Exception):
+    """The switch cannot start."""
+
+
+def serve(directory: Path, *, stay: bool = False) -> None:
+    """Be the switch of a runtime directory until a signal, or until neither broker nor guest is there.
+
+    Raises
+    ------
+    ServeError
+        The directory cannot be used, or has a switch already.
+    """
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    try:
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = os.open(
+            "switch.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory_fd
+        )
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sock = bind_at(directory_fd, NAME, socket.SOCK_SEQPACKET, 0o600)
+    except BlockingIOError:
+        raise ServeError(f"{directory}: has a switch already") from None
+    except OSError as error:
+        raise ServeError(f"{error.filename or directory}: {error.strerror}") from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    # Whoever started us may be gone; what we print is for the journal.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        _native.run_switch(sock.detach(), stay, lambda: stopped)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(NAME, dir_fd=directory_fd)

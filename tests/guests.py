@@ -1,0 +1,205 @@
+"""Guests for tests: booted once, then asked to run one program after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import sys
+import textwrap
+import time
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from isthmus.testing import PrivateBroker
+from isthmus.vm import Guest, Missing
+from isthmus.vm.kernels import qemu_kernel, qemu_program, uml_kernel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: No test waits longer for a guest; emulation on a busy machine is slow.
+LIMIT_S = 60.0
+#: The program that runs the others; see `Runner`.
+SHELL = Path(__file__).with_name("guest_shell.py")
+
+
+def needs(monitor: str) -> pytest.MarkDecorator:
+    """Skip, saying what is missing, where this machine cannot start such guests."""
+    try:
+        if monitor == "uml":
+            uml_kernel()
+        else:
+            qemu_program()
+            qemu_kernel()
+    except Missing as error:
+        return pytest.mark.skipif(True, reason=str(error))
+    return pytest.mark.skipif(False, reason="")
+
+
+class Program:
+    """A program that runs in a guest."""
+
+    def __init__(self, machine: Machine, number: int) -> None:
+        self._machine = machine
+        self.number = number
+
+    def line(self, timeout: float = LIMIT_S) -> str:
+        """The next line of its output. Fails if it ends instead."""
+        kind, text = self._machine.news(self.number, timeout)
+        assert kind == "line", f"program {self.number} ended with {text}:\n{self._machine.text(self.number)}"
+        return str(text)
+
+    def code(self, timeout: float = LIMIT_S) -> int:
+        """Its exit code, once it has ended."""
+        while True:
+            kind, text = self._machine.news(self.number, timeout)
+            if kind == "exit":
+                return int(text)
+
+    def kill(self, number: int = 9) -> None:
+        self._machine.say({"kill": self.number, "signal": number})
+
+
+class Machine:
+    """A running guest that runs what it is asked to, over its serial line."""
+
+    def __init__(self, name: str, device: str, directory: Path, monitor: str, **options: Any) -> None:
+        ours, theirs = socket.socketpair()
+        self.name = name
+        self._sock = ours
+        self._buffer = b""
+        self._last = 0
+        self._news: dict[int, list[tuple[str, Any]]] = {}
+        self._texts: dict[int, list[str]] = {}
+        with theirs:
+            self.guest = Guest(
+                name,
+                device,
+                [sys.executable, str(SHELL)],
+                directory,
+                monitor=monitor,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                environment={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                **options,
+            )
+
+    def python(self, code: str, *arguments: object, **environment: str) -> Program:
+        """Start a Python program; its output is told by lines."""
+        return self.run(
+            [sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, arguments)], **environment
+        )
+
+    def run(self, command: list[str], **environment: str) -> Program:
+        self._last += 1
+        self._news[self._last] = []
+        self._texts[self._last] = []
+        self.say({"run": command, "number": self._last, "environment": environment})
+        return Program(self, self._last)
+
+    def say(self, what: dict[str, Any]) -> None:
+        self._sock.sendall(json.dumps(what).encode() + b"\n")
+
+    def text(self, number: int) -> str:
+        return "\n".join(self._texts[number])
+
+    def news(self, number: int, timeout: float) -> tuple[str, Any]:
+        until = time.monotonic() + timeout
+        waiting = self._news[number]
+        while not waiting:
+            left = until - time.monotonic()
+            assert left > 0, f"guest {self.name}: nothing in {timeout:.0f} s; so far:\n{self.text(number)}"
+            if select.select([self._sock], [], [], left)[0]:
+                data = self._sock.recv(1 << 16)
+                assert data, f"guest {self.name} is gone"
+                *lines, self._buffer = (self._buffer + data).split(b"\n")
+                for line in lines:
+                    self._hear(line)
+        return waiting.pop(0)
+
+    def _hear(self, line: bytes) -> None:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            return  # The terminal's own noise while the guest boots.
+        if "line" in said:
+            self._texts[said["number"]].append(said["line"])
+            self._news[said["number"]].append(("line", said["line"]))
+        elif "exit" in said:
+            self._news[said["number"]].append(("exit", said["exit"]))
+
+    def stop(self) -> None:
+        self.guest.stop()
+        self._sock.close()
+
+
+class Node:
+    """A broker with guests of one monitor, and containers (that is: doors)."""
+
+    def __init__(
+        self,
+        monitor: str,
+        guests: tuple[str, ...] = ("a", "b"),
+        containers: tuple[str, ...] = (),
+        policy: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.monitor = monitor
+        self.broker = PrivateBroker(containers, policy)
+        self._names = guests
+        self._options = options
+        self._domains: dict[str, dict[str, Any]] = {}
+        self._machines: dict[str, Machine] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            self._stack.enter_context(self.broker)
+            for name in self._names:
+                self.broker.ask("domain-add", name=name, group=None, uid=None, kind="vm")
+            self._domains = {d["name"]: d for d in self.broker.ask("domain-list")["domains"]}
+            self.await_devices("waiting")
+            for name in self._names:
+                self.boot(name)
+            for machine in self._machines.values():
+                machine.guest.wait_ready()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def boot(self, name: str) -> Machine:
+        """Start a guest (again)."""
+        directory = self.broker.directory / "vm" / name
+        machine = Machine(name, self._domains[name]["socket"], directory, self.monitor, **self._options)
+        self._stack.callback(machine.stop)
+        self._machines[name] = machine
+        return machine
+
+    def await_devices(self, state: str) -> None:
+        until = time.monotonic() + LIMIT_S
+        while any(self.device(name) != state for name in self._names):
+            assert time.monotonic() < until, [self.device(name) for name in self._names]
+            time.sleep(0.01)
+
+    def device(self, name: str) -> str:
+        """How far the device of a guest has come."""
+        return str(self.broker.ask("status", domain=name)["domain"]["device"])
+
+    def number(self, name: str) -> int:
+        """The number of a domain: a guest's CID."""
+        return int(self._domains[name]["number"])
+
+    def __getitem__(self, name: str) -> Machine:
+        return self._machines[name]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self._stack.close()
