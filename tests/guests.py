@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import isthmus
 from isthmus.testing import PrivateBroker
 from isthmus.vm import Guest, Missing
 from isthmus.vm.kernels import qemu_kernel, qemu_program, uml_kernel
@@ -156,6 +157,7 @@ class Node:
         self._options = options
         self._domains: dict[str, dict[str, Any]] = {}
         self._machines: dict[str, Machine] = {}
+        self._nodes: dict[str, isthmus.Node] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -195,6 +197,28 @@ class Node:
     def number(self, name: str) -> int:
         """The number of a domain: a guest's CID."""
         return int(self._domains[name]["number"])
+
+    def listen(self, domain: str, port: int, type: int = socket.SOCK_STREAM) -> isthmus.Socket:
+        """A listening socket of a container."""
+        listener = isthmus.create_server(("", port), type=type, node=self.attach(domain))
+        listener.settimeout(LIMIT_S)
+        return listener
+
+    def connect(self, domain: str, to: str, port: int, type: int = socket.SOCK_STREAM) -> isthmus.Socket:
+        """A connection of a container's program."""
+        sock = isthmus.create_connection((to, port), LIMIT_S, type=type, node=self.attach(domain))
+        sock.settimeout(LIMIT_S)
+        return sock
+
+    def attach(self, domain: str) -> isthmus.Node:
+        if domain not in self._nodes:
+            self._nodes[domain] = isthmus.attach(self.broker.door(domain))
+        return self._nodes[domain]
+
+    def traffic(self, domain: str) -> dict[str, int]:
+        """What went over the switch for a domain."""
+        status = self.broker.ask("status", domain=domain)["domain"]
+        return dict(status["traffic"].get("switch", {}))
 
     def __getitem__(self, name: str) -> Machine:
         return self._machines[name]

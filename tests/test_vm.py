@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from conftest import becomes
 from guests import Node, needs
+
+from isthmus.testing import PrivateBroker
 
 MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=needs("qemu"))]
 
@@ -65,3 +73,107 @@ def test_nobody_listens_is_said_at_once(node: Node) -> None:
     """
     for cid in (node.number("b"), node.number("c"), 2, 4_000_000):
         assert node["a"].python(code.format(cid=cid)).line() == "ECONNRESET True", cid
+
+
+def test_a_guest_reaches_a_container(node: Node) -> None:
+    listener = node.listen("c", 7000)
+    client = node["a"].python(CLIENT.format(cid=node.number("c"), port=7000, times=4000))
+    sock, (who, _) = listener.accept()
+    with listener, sock:
+        assert (who, sock.path) == ("a", "switch")
+        assert "switch" in sock.why
+        data = bytearray()
+        while part := sock.recv(1 << 16):
+            data += part
+        sock.sendall(bytes(reversed(data)))
+    assert client.line() == "good"
+
+
+def test_a_container_reaches_a_guest(node: Node) -> None:
+    server = node["b"].python(SERVER.format(port=9001))
+    assert server.line() == "listening"
+    with node.connect("c", "b", 9001) as sock:
+        assert sock.path == "switch"
+        data = bytes(range(256)) * 20_000
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        received = bytearray()
+        while part := sock.recv(1 << 16):
+            received += part
+        assert bytes(received) == bytes(reversed(data))
+    assert server.line() == f"{node.number('c')} {len(data)}"
+
+
+def test_nobody_listens_in_the_guest(node: Node) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        node.connect("c", "b", 4321)
+
+
+def test_seqpackets_keep_their_borders(node: Node) -> None:
+    code = """
+        import socket
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_SEQPACKET) as listener:
+            listener.bind((socket.VMADDR_CID_ANY, {port}))
+            listener.listen(8)
+            print("listening", flush=True)
+            sock, _ = listener.accept()
+            while data := sock.recv(1 << 18):
+                sock.send(data)
+    """
+    sizes = (1, 44, 3000, 3700, 4096, 10_000, 65_536, 100_000)
+    server = node["b"].python(code.format(port=9002))
+    assert server.line() == "listening"
+    with node.connect("c", "b", 9002, socket.SOCK_SEQPACKET) as sock:
+        for size in sizes:
+            message = os.urandom(size)
+            sock.send(message)
+            assert sock.recv(1 << 18) == message, size
+    server = node["b"].python(code.format(port=9003))
+    assert server.line() == "listening"
+    client = node["a"].python(f"""
+        import os, socket
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(({node.number("b")}, 9003))
+            for size in {sizes}:
+                message = os.urandom(size)
+                sock.send(message)
+                assert sock.recv(1 << 18) == message, size
+        print("good")
+    """)
+    assert client.line() == "good"
+
+
+def test_the_accounts_know_what_guests_sent(node: Node) -> None:
+    before = node.traffic("a")
+    test_siblings_talk_by_number_and_half_close(node)
+    after = becomes(lambda: node.traffic("a") if node.traffic("a") != before else None)
+    sent = {key: after[key] - before.get(key, 0) for key in ("sent_bytes", "received_bytes", "connections")}
+    assert sent == {"sent_bytes": 256 * 4000, "received_bytes": 256 * 4000, "connections": 1}
+
+
+def test_what_a_guest_writes_is_gone_with_it_and_its_exit_code_is_returned(tmp_path: Path) -> None:
+    with PrivateBroker(()) as broker:
+        command = [
+            sys.executable,
+            "-m",
+            "isthmus",
+            "vm",
+            "run",
+            "--dir",
+            str(broker.directory),
+            "--name",
+            "g",
+            "--",
+        ]
+        script = f"read word; echo $word $(id -u); echo x > {tmp_path}/file && cat {tmp_path}/file; exit 7"
+        done = subprocess.run(
+            [*command, "sh", "-c", script],
+            input="hello\n",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.stdout, done.returncode) == ("hello 0\nx\n", 7), done.stderr
+        assert not (tmp_path / "file").exists()
+        assert broker.ask("domain-list")["domains"] == []

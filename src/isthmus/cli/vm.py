@@ -97,7 +97,7 @@ def _await_switch(runtime: Path, name: str) -> None:
 
 
 def _input() -> int | None:
-    """Our input if a guest can have it: a terminal or a pipe, and nothing that cannot be waited for."""
+    """Our input if a guest can have it: anything but /dev/null and its like."""
     try:
         fd = sys.stdin.fileno()
         mode = os.fstat(fd).st_mode
@@ -105,7 +105,7 @@ def _input() -> int | None:
         return None
     import stat
 
-    return fd if os.isatty(fd) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
+    return None if stat.S_ISCHR(mode) and not os.isatty(fd) else fd
 
 
 def _environment() -> dict[str, str]:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import types
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .guest_input import LENGTH
 from .kernels import choose_monitor
 from .monitors import PLANS, Setting
 
@@ -134,11 +136,14 @@ class Guest:
                 self.output = output
             else:
                 self._pumps.append(_Pump(output, os.dup(stdout)))
-            if stdin is None:
-                # Open and silent: a terminal that hangs up would end the job.
-                self._kept.append(feed)
-            else:
-                self._pumps.append(_Pump(os.dup(stdin), feed))
+            # Open for as long as the guest runs: a serial line that hangs up would end the job.
+            self._kept.append(feed)
+            if stdin is not None:
+                pieces = not os.isatty(stdin)
+                self._pumps.append(_Pump(os.dup(stdin), os.dup(feed), pieces=pieces))
+            kind = "nothing" if stdin is None else "pieces" if pieces else "terminal"
+            (self.directory / "input").write_text(kind)
+            (self.directory / "python").write_text(sys.executable)
             plan = PLANS[self.monitor](setting)
             (self.directory / "modules").write_text("".join(f"{path}\n" for path in plan.modules))
             threading.Thread(target=self._listen, args=(control,), daemon=True).start()
@@ -278,7 +283,8 @@ class Guest:
 class _Pump:
     """Copies one descriptor to another until told to finish, then closes both; what has come is copied."""
 
-    def __init__(self, source: int, sink: int) -> None:
+    def __init__(self, source: int, sink: int, *, pieces: bool = False) -> None:
+        self._pieces = pieces
         self._source = source
         self._sink = sink
         self._finishing = False
@@ -296,12 +302,17 @@ class _Pump:
                 if not readable and self._finishing:
                     break
                 data = os.read(self._source, 1 << 16) if readable else None
-                if data == b"":
+                if data is None:
+                    continue
+                self._write(LENGTH.pack(len(data)) + data if self._pieces else data)
+                if not data:
                     break
-                while data:
-                    data = data[os.write(self._sink, data) :]
         os.close(self._source)
         os.close(self._sink)
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._sink, data) :]
 
 
 def descendants(pid: int) -> list[int]:
