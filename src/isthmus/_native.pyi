@@ -6,14 +6,19 @@ from typing_extensions import Buffer
 __all__ = [
     "ANYBODY",
     "ANY_PORT",
+    "BELL_PORT",
     "CARRIERS",
     "CONTROL_DESCRIPTORS_MAX",
     "CONTROL_MESSAGE_MAX",
+    "CONTROL_PORT",
     "CONTROL_TEXT_MAX",
     "CONTROL_VERSION",
     "ERROR_CLASSES",
+    "FEATURE_GUEST",
     "LARGE_DEFAULT",
+    "PRIVILEGED_PORT_MAX",
     "REFUSALS",
+    "SEATS_PORT",
     "SMALL_DEFAULT",
     "SOCKET_KINDS",
     "BenchRing",
@@ -24,6 +29,7 @@ __all__ = [
     "Node",
     "Pollable",
     "Poller",
+    "Seat",
     "bell_pair",
     "bench_cacheline",
     "bench_connect_client",
@@ -44,6 +50,11 @@ _Kind: TypeAlias = Literal["stream", "seqpacket", "datagram"]
 
 ANYBODY: int
 ANY_PORT: int
+SEATS_PORT: int
+PRIVILEGED_PORT_MAX: int
+FEATURE_GUEST: int
+CONTROL_PORT: int
+BELL_PORT: int
 CARRIERS: frozenset[str]
 CONTROL_DESCRIPTORS_MAX: int
 CONTROL_MESSAGE_MAX: int
@@ -57,6 +68,17 @@ SOCKET_KINDS: frozenset[str]
 
 def control_decode(packet: bytes) -> tuple[str, int, dict[str, int | str | bytes]]: ...
 def bell_pair() -> tuple[int, int]: ...
+
+@final
+class Seat:
+    def __new__(cls, small: int, large: int, huge: bool = False) -> Seat: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    def clear(self) -> None: ...
+    def runs(self, first: int, count: int) -> bytes: ...
+
 def run_switch(listener: int, stay: bool, stop: Callable[[], bool]) -> None: ...
 def control_encode(kind: str, request: int, /, **fields: int | str | bytes) -> bytes: ...
 def parse_address(text: str) -> tuple[str | int, int]: ...

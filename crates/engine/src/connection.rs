@@ -95,7 +95,8 @@ pub struct Connection {
     one_way: AtomicU32,
     counters: Region,
     view: Region,
-    counters_fd: OwnedFd,
+    /// To show to a restarted broker; in a guest the switch does that.
+    counters_fd: Option<OwnedFd>,
     readiness: OnceLock<Arc<Readiness>>,
     /// The datagram socket this lane belongs to, if it is to be told of news.
     owner: OnceLock<Weak<Datagram>>,
@@ -115,7 +116,7 @@ impl Connection {
         info: Info,
         ends: Ends,
         bell: OwnedFd,
-        counters_fd: OwnedFd,
+        counters_fd: Option<OwnedFd>,
         node: Option<&Arc<Node>>,
     ) -> Arc<Self> {
         let Ends { tx, rx, counters, view } = ends;
@@ -195,8 +196,8 @@ impl Connection {
         &self.bell
     }
 
-    pub(crate) fn counters_fd(&self) -> BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(&self.counters_fd)
+    pub(crate) fn counters_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.counters_fd.as_ref().map(std::os::fd::AsFd::as_fd)
     }
 
     /// The memory in which received records lie, for views in place.

@@ -135,10 +135,7 @@ impl Offer {
     ) -> Result<Ends> {
         let geometry = Geometry::new(small, large).map_err(|e| Error::BadAnswer(e.to_string()))?;
         check(self.carrier, theirs.as_fd(), geometry)?;
-        let kind = match kind {
-            SocketKind::Stream => Kind::Stream,
-            SocketKind::Seqpacket | SocketKind::Datagram => Kind::Message,
-        };
+        let kind = record_kind(kind);
         let own = self.own.clone();
         match self.carrier {
             Carrier::Sealed | Carrier::Switch => {
@@ -168,6 +165,47 @@ impl Offer {
                 })
             }
         }
+    }
+}
+
+/// The lanes of a program in a guest, in memory that the guest's agent gave: what the program writes, then, from the
+/// next multiple of a huge page, what the switch does.
+///
+/// Nothing may move these pages: the switch knows where they are.
+///
+/// # Errors
+/// The memory is not what it must be.
+pub fn join_seat(memory: &OwnedFd, small: u32, large: u32, secret: u64, kind: SocketKind) -> Result<Ends> {
+    let geometry = Geometry::new(small, large).map_err(|e| Error::BadAnswer(e.to_string()))?;
+    let stride = seat_stride(geometry);
+    let len = memory::len(memory.as_fd()).map_err(Error::os("looking at a seat"))?;
+    if len < 2 * stride as u64 {
+        return Err(Error::BadAnswer(format!("a seat of {len} bytes where {} must be", 2 * stride)));
+    }
+    let mapping = Mapping::writable(memory.as_fd(), 2 * stride).map_err(Error::os("mapping a seat"))?;
+    let whole = region(mapping);
+    let (own, view) = (whole.part(0, stride), whole.part(stride, stride));
+    let store = || AnyStore::Sealed(Mapped::new(own.clone()));
+    Ok(Ends {
+        tx: Tx::new(store(), Mapped::new(view.clone()), geometry, secret),
+        rx: Rx::new(store(), Mapped::new(view.clone()), geometry, secret, record_kind(kind)),
+        counters: own,
+        view,
+    })
+}
+
+/// From the beginning of one layout in a seat to that of the other.
+#[must_use]
+pub fn seat_stride(geometry: Geometry) -> usize {
+    geometry.file_len().next_multiple_of(isthmus_sys::mapping::HUGE)
+}
+
+/// What the records of a socket of this kind are.
+#[must_use]
+pub fn record_kind(kind: SocketKind) -> Kind {
+    match kind {
+        SocketKind::Stream => Kind::Stream,
+        SocketKind::Seqpacket | SocketKind::Datagram => Kind::Message,
     }
 }
 

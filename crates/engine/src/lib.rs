@@ -14,6 +14,7 @@ pub mod listener;
 pub mod node;
 pub mod poller;
 pub mod readiness;
+pub mod seat;
 mod wait;
 
 pub use connection::{Connection, Info};

@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use isthmus_sys::poll::{Flag, Set};
 use isthmus_sys::{cpu, packet};
-use isthmus_wire::control::{self, ANYBODY, Carrier, MESSAGE_MAX, Message, Refusal, SocketKind};
+use isthmus_wire::control::{
+    self, ANYBODY, Carrier, FEATURE_GUEST, MESSAGE_MAX, Message, Refusal, SocketKind,
+};
 
 use crate::connection::{Connection, Info};
 use crate::datagram::Datagram;
@@ -44,6 +46,8 @@ pub struct Identity {
     pub node: String,
     pub ring_max: u32,
     pub epoch: u64,
+    /// The program is in a guest: the switch carries every lane, in memory that comes with the answer.
+    pub guest: bool,
 }
 
 /// A connection that somebody wants.
@@ -324,7 +328,9 @@ impl Node {
         request: ConnectRequest,
         then: Box<dyn FnOnce(Result<Arc<Connection>>) + Send>,
     ) {
-        let carrier = request.require.unwrap_or(Carrier::Sealed);
+        let guest = lock(&self.identity).guest;
+        let usual = if guest { Carrier::Switch } else { Carrier::Sealed };
+        let carrier = request.require.unwrap_or(usual);
         self.connect_with(request, carrier, true, then);
     }
 
@@ -337,6 +343,9 @@ impl Node {
     ) {
         if self.generation != cpu::generation() {
             return then(Err(Error::Forked));
+        }
+        if lock(&self.identity).guest {
+            return self.connect_in_guest(request, carrier, then);
         }
         let shape = (carrier, request.small, request.large);
         // The second try of one connection is no burst.
@@ -364,7 +373,7 @@ impl Node {
         };
         let answered = move |answer: Result<Answer>| {
             let Some(node) = node.upgrade() else { return then(Err(Error::Closed)) };
-            match answer.and_then(|answer| node.connected(&offer, request.kind, answer)) {
+            match answer.and_then(|answer| node.connected(Some(&offer), request.kind, answer)) {
                 Err(Error::Refused { refusal: Refusal::UseCarrier, text, .. }) if may_retry => {
                     match Carrier::ALL.iter().copied().find(|c| c.name() == text) {
                         Some(carrier) => node.connect_with(request, carrier, false, then),
@@ -380,9 +389,36 @@ impl Node {
         }
     }
 
+    /// As [`Node::connect_with`], where the agent of a guest brings the memory.
+    fn connect_in_guest(
+        self: &Arc<Self>,
+        request: ConnectRequest,
+        carrier: Carrier,
+        then: Box<dyn FnOnce(Result<Arc<Connection>>) + Send>,
+    ) {
+        let node = Arc::downgrade(self);
+        let kind = request.kind;
+        let message = Message::Connect {
+            to: &request.to,
+            to_port: request.port,
+            from_port: request.from_port,
+            kind,
+            carrier,
+            require: u8::from(request.require.is_some()),
+            small: request.small,
+            large: request.large,
+        };
+        let answered = move |answer: Result<Answer>| {
+            let Some(node) = node.upgrade() else { return then(Err(Error::Closed)) };
+            then(answer.and_then(|answer| node.connected(None, kind, answer)));
+        };
+        self.ask_then(&message, &[], Box::new(answered));
+    }
+
+    /// `offer`: the memory of this side, unless an agent brings it.
     fn connected(
         self: &Arc<Self>,
-        offer: &Offer,
+        offer: Option<&Offer>,
         kind: SocketKind,
         answer: Answer,
     ) -> Result<Arc<Connection>> {
@@ -403,9 +439,10 @@ impl Node {
         else {
             return Err(Error::BadAnswer("not an answer to connect".into()));
         };
-        if carrier != offer.carrier {
+        if offer.is_some_and(|offer| offer.carrier != carrier) {
             return Err(Error::BadAnswer("another carrier than was offered".into()));
         }
+        let own = offer.map_or((small, large), |offer| (offer.small, offer.large));
         let info = Info {
             id: connection,
             kind,
@@ -417,8 +454,8 @@ impl Node {
             why: why.to_owned(),
             opener: true,
             ticket,
-            small: offer.small,
-            large: offer.large,
+            small: own.0,
+            large: own.1,
             theirs: (small, large),
         };
         self.join(offer, info, descriptors, (small, large), secret)
@@ -426,7 +463,7 @@ impl Node {
 
     fn join(
         self: &Arc<Self>,
-        offer: &Offer,
+        offer: Option<&Offer>,
         info: Info,
         descriptors: Vec<OwnedFd>,
         theirs: (u32, u32),
@@ -435,8 +472,13 @@ impl Node {
         let Ok([lane, bell]) = <[OwnedFd; 2]>::try_from(descriptors) else {
             return Err(Error::BadAnswer("a connection without its two descriptors".into()));
         };
-        let ends = offer.join(&lane, theirs.0, theirs.1, secret, info.kind)?;
-        let counters = offer.counters_descriptor()?;
+        let (ends, counters) = match offer {
+            Some(offer) => {
+                let ends = offer.join(&lane, theirs.0, theirs.1, secret, info.kind)?;
+                (ends, Some(offer.counters_descriptor()?))
+            }
+            None => (crate::lane::join_seat(&lane, theirs.0, theirs.1, secret, info.kind)?, None),
+        };
         let connection = Connection::new(info, ends, bell, counters, Some(self));
         lock(&self.connections).insert(connection.info.key(), Arc::downgrade(&connection));
         Ok(connection)
@@ -512,13 +554,14 @@ fn greet(door: &Path, program: &str) -> Result<(OwnedFd, Identity)> {
         return Err(no_broker(std::io::ErrorKind::ConnectionReset.into()));
     }
     match decode(&buffer[..len])? {
-        Message::Welcome { domain, domain_name, node, ring_max, epoch, .. } => {
+        Message::Welcome { features, domain, domain_name, node, ring_max, epoch } => {
             let identity = Identity {
                 domain,
                 domain_name: domain_name.to_owned(),
                 node: node.to_owned(),
                 ring_max,
                 epoch,
+                guest: features & FEATURE_GUEST != 0,
             };
             Ok((control, identity))
         }

@@ -9,6 +9,7 @@ mod connection;
 mod control;
 mod errors;
 mod node;
+mod seat;
 mod switch;
 
 use pyo3::prelude::*;
@@ -27,6 +28,8 @@ mod _native {
         bench_memcpy, bench_ring, bench_ring_memory,
     };
 
+    #[pymodule_export]
+    use super::seat::Seat;
     #[pymodule_export]
     use super::switch::run_switch;
 
@@ -52,6 +55,16 @@ mod _native {
     const ANYBODY: u32 = isthmus_wire::control::ANYBODY;
     #[pymodule_export]
     const ANY_PORT: u32 = isthmus_wire::control::ANY_PORT;
+    #[pymodule_export]
+    const FEATURE_GUEST: u32 = isthmus_wire::control::FEATURE_GUEST;
+    #[pymodule_export]
+    const CONTROL_PORT: u32 = isthmus_wire::control::CONTROL_PORT;
+    #[pymodule_export]
+    const SEATS_PORT: u32 = isthmus_wire::control::SEATS_PORT;
+    #[pymodule_export]
+    const BELL_PORT: u32 = isthmus_wire::control::BELL_PORT;
+    #[pymodule_export]
+    const PRIVILEGED_PORT_MAX: u32 = isthmus_wire::control::PRIVILEGED_PORT_MAX;
 
     use super::*;
 

@@ -48,6 +48,17 @@ impl Region {
         self.len == 0
     }
 
+    /// `len` bytes of it from `at`, a multiple of 64.
+    ///
+    /// # Panics
+    /// They do not lie in the region.
+    #[must_use]
+    pub fn part(&self, at: usize, len: usize) -> Self {
+        let base = self.at(at, len);
+        // SAFETY: within this region, which `keep` keeps mapped.
+        unsafe { Self::new(base, len, Arc::clone(&self.keep)) }
+    }
+
     /// What keeps the memory mapped.
     #[must_use]
     pub fn keeper(&self) -> &Arc<dyn Any + Send + Sync> {

@@ -31,9 +31,15 @@ pub enum Asked {
 /// One attachment; it comes again by itself when the broker does.
 pub struct Attachment {
     pub cid: u32,
+    /// The connection of the guest's agent for whose program this is; none: it is the guest's home.
+    pub app: Option<FlowId>,
+    /// The seat that the program's next message is about.
+    pub seat: Option<u32>,
     pub socket: Option<OwnedFd>,
     /// The broker has answered the greeting.
     pub ready: bool,
+    /// Its socket is watched for room as well.
+    pub watched: bool,
     /// When to try again, while there is no broker.
     pub again: Option<Instant>,
     asked: HashMap<u32, Asked>,
@@ -43,11 +49,14 @@ pub struct Attachment {
 
 impl Attachment {
     #[must_use]
-    pub fn new(cid: u32) -> Self {
+    pub fn new(cid: u32, app: Option<FlowId>) -> Self {
         Self {
             cid,
+            app,
+            seat: None,
             socket: None,
             ready: false,
+            watched: false,
             again: None,
             asked: HashMap::new(),
             last: 0,
@@ -72,7 +81,7 @@ impl Attachment {
     /// The broker is gone: whatever was asked will not be answered.
     pub fn lose(&mut self) -> Vec<Asked> {
         self.socket = None;
-        self.ready = false;
+        (self.ready, self.watched) = (false, false);
         self.queue.clear();
         self.asked.drain().map(|(_, asked)| asked).collect()
     }
@@ -85,6 +94,23 @@ impl Attachment {
 
     pub fn tell(&mut self, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) {
         self.send(0, message, descriptors);
+    }
+
+    /// Pass a program's own message on.
+    pub fn pass(&mut self, request: u32, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) {
+        self.send(request, message, descriptors);
+    }
+
+    /// The same, and remember what its answer is about.
+    pub fn pass_asked(
+        &mut self,
+        asked: Asked,
+        request: u32,
+        message: &Message<'_>,
+        descriptors: &[BorrowedFd<'_>],
+    ) {
+        self.asked.insert(request, asked);
+        self.send(request, message, descriptors);
     }
 
     /// What the answer with this number is about.

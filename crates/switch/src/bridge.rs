@@ -3,12 +3,13 @@
 //! Bytes from the guest are copied from its packets into the lane; what does not fit waits here, never more than
 //! [`WINDOW`], because the guest is told no more. Bytes to the guest are copied from the lane into its buffers.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use isthmus_engine::Source;
 use isthmus_engine::lane::Ends;
-use isthmus_ring::layout::{RESET, TAKES_NOTHING};
+use isthmus_ring::layout::{RESET, TAKES_ALL, TAKES_NOTHING};
 use isthmus_ring::{Ring, Seen};
 use isthmus_sys::packet;
 
@@ -20,7 +21,7 @@ pub const WINDOW: u32 = 1 << 20;
 /// The lanes of one connection, and their bell.
 pub struct Bridge {
     ends: Ends,
-    bell: OwnedFd,
+    bell: Bell,
     message: bool,
     /// Bytes from the guest that the lane has not taken.
     waiting: VecDeque<u8>,
@@ -32,6 +33,16 @@ pub struct Bridge {
     shown: usize,
     finish: bool,
     gone: bool,
+    /// What was passed on of the other side's will to receive.
+    stopped: u32,
+}
+
+/// How the program is woken.
+pub enum Bell {
+    /// One end of a socket pair; the program has the other.
+    Socket(OwnedFd),
+    /// A connection of the guest's agent to the switch, which rings it when it sees that this was set.
+    Guest(Cell<bool>),
 }
 
 /// What lies at the front of the lane for the guest.
@@ -55,7 +66,7 @@ pub enum Taken {
 impl Bridge {
     /// `message`: the connection carries whole messages.
     #[must_use]
-    pub fn new(ends: Ends, bell: OwnedFd, message: bool) -> Self {
+    pub fn new(ends: Ends, bell: Bell, message: bool) -> Self {
         Self {
             ends,
             bell,
@@ -66,26 +77,45 @@ impl Bridge {
             shown: 0,
             finish: false,
             gone: false,
+            stopped: TAKES_ALL,
         }
     }
 
+    /// The descriptor to wait for, if the bell has one.
     #[must_use]
-    pub fn bell(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+    pub fn bell(&self) -> Option<BorrowedFd<'_>> {
+        match &self.bell {
+            Bell::Socket(socket) => Some(socket.as_fd()),
+            Bell::Guest(_) => None,
+        }
+    }
+
+    /// Must a program in a guest be woken? Once, when this says so.
+    #[must_use]
+    pub fn must_ring(&self) -> bool {
+        matches!(&self.bell, Bell::Guest(rings) if rings.replace(false))
     }
 
     fn ring(&self, ring: Ring) {
-        if ring == Ring::Bell {
+        match (&self.bell, ring) {
+            (_, Ring::Quiet) => {}
             // Full: a byte is on its way already. Gone: its end is read elsewhere.
-            let _ = packet::push(self.bell.as_fd(), &[0]);
+            (Bell::Socket(socket), _) => drop(packet::push(socket.as_fd(), &[0])),
+            (Bell::Guest(rings), _) => rings.set(true),
         }
+    }
+
+    /// The program's bell has come to its end.
+    pub fn lose(&mut self) {
+        self.gone = true;
     }
 
     /// Hear the bell: empties it, and notes when the program is gone.
     pub fn hear(&mut self) {
+        let Bell::Socket(socket) = &self.bell else { return };
         let mut buffer = [0; 64];
         while !self.gone {
-            match packet::pull(self.bell.as_fd(), &mut buffer) {
+            match packet::pull(socket.as_fd(), &mut buffer) {
                 Ok(0) => self.gone = true,
                 Ok(_) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
@@ -227,6 +257,68 @@ impl Bridge {
         }
     }
 
+    /// Copy from the front of this lane into the other one, as far as that takes it. `true`: there may be more.
+    ///
+    /// One copy, from one program's memory into the other's.
+    pub fn relay(&mut self, to: &mut Self, budget: usize) -> bool {
+        let mut left = budget;
+        loop {
+            let (piece, message) = match self.front() {
+                Front::Bytes(piece, message) => (piece, message),
+                Front::Nothing if self.listen() => continue,
+                Front::Nothing | Front::Broken => return false,
+                Front::End => {
+                    to.finish();
+                    return false;
+                }
+            };
+            if left == 0 {
+                return true;
+            }
+            let parts = [(piece.0.cast_const(), piece.1)];
+            // SAFETY: the piece lies in memory that is mapped while this lane is; whoever writes it meanwhile gets
+            // what it wrote.
+            let mut source = unsafe { Source::new(&parts) };
+            let tx = &mut to.ends.tx;
+            let written = if message {
+                tx.write_message(&mut source).ok().and_then(Result::ok)
+            } else {
+                tx.write_stream(&mut source).ok()
+            };
+            let Some(written) = written else {
+                // It can never be sent, or never again.
+                self.gone = true;
+                to.gone = true;
+                return false;
+            };
+            to.ring(written.ring);
+            if written.bytes > 0 || written.all {
+                self.took(written.bytes);
+            }
+            left = left.saturating_sub(written.bytes.max(1));
+            if !written.all && (to.ends.tx.arm().is_err() || !to.ends.tx.has_space()) {
+                return false;
+            }
+        }
+    }
+
+    /// Is there something that the other side could get?
+    pub fn has_more(&mut self) -> bool {
+        matches!(self.front(), Front::Bytes(..))
+    }
+
+    /// What the receiver of the other direction says about this one: it takes nothing more.
+    pub fn pass_stop(&mut self, to: &Self) {
+        match to.takes() {
+            TAKES_ALL => {}
+            state if self.stopped != state => {
+                self.stopped = state;
+                self.stop(state == RESET);
+            }
+            _ => {}
+        }
+    }
+
     /// The guest has so many bytes of the front.
     pub fn took(&mut self, len: usize) {
         self.shown += len;
@@ -252,6 +344,8 @@ impl Bridge {
     pub fn close(&mut self, reset: bool) {
         self.stop(reset);
         self.finish_now();
-        packet::shut(self.bell.as_fd());
+        if let Bell::Socket(socket) = &self.bell {
+            packet::shut(socket.as_fd());
+        }
     }
 }

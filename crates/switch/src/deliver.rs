@@ -11,7 +11,7 @@ use isthmus_ring::layout::{RESET, TAKES_ALL};
 
 use crate::bridge::Front;
 use crate::device::RX;
-use crate::flow::{FlowId, State};
+use crate::flow::{FlowId, Side, State};
 use crate::switch::Switch;
 use crate::vring::Cursor;
 
@@ -144,13 +144,22 @@ impl Switch {
                 // The opener is not told of its connection yet.
                 return Turn::Nothing;
             }
+            let own = matches!(flow.sides[1 - side], Side::Service(_));
             let Some(socket) = flow.socket(side) else { return Turn::Over };
+            let room = socket.room() as usize;
             let out = &mut socket.out;
-            let (len, flags) = match out.marks.front() {
+            let (mut len, mut flags) = match out.marks.front() {
                 Some(mark) => *mark,
                 None if out.data.is_empty() => return Turn::Nothing,
                 None => (out.data.len(), 0),
             };
+            if own && len > room {
+                // What is not another guest's bytes is ours to hold back.
+                (len, flags) = (room, 0);
+                if room == 0 {
+                    return Turn::Nothing;
+                }
+            }
             if budget == 0 {
                 return Turn::More;
             }
@@ -166,6 +175,9 @@ impl Switch {
             let Some(socket) = self.flows.get_mut(&id).and_then(|flow| flow.socket(side)) else {
                 return Turn::Over;
             };
+            if own {
+                socket.sent = socket.sent.wrapping_add(sent as u32);
+            }
             let out = &mut socket.out;
             out.data.drain(..sent);
             if let Some(mark) = out.marks.front_mut() {
@@ -213,6 +225,7 @@ impl Switch {
             if let Some(bridge) = flow.bridge(1 - side) {
                 bridge.took(sent);
             }
+            self.ring_guest(id, 1 - side);
             budget = budget.saturating_sub(sent.max(1));
         }
     }
@@ -268,7 +281,7 @@ impl Switch {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let cid = flow.key_of(side).cid;
         let open = flow.state == State::Open;
-        let message = flow.key.kind == isthmus_wire::vsock::SEQPACKET;
+        let message = flow.keys[0].kind == isthmus_wire::vsock::SEQPACKET;
         let Some(socket) = flow.socket(side) else { return };
         if open && !socket.out.queued {
             loop {

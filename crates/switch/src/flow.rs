@@ -145,15 +145,39 @@ pub struct Waiting {
 }
 
 pub enum Side {
+    /// A guest's `AF_VSOCK` socket.
     Guest(Socket),
+    /// A program's lanes.
     Lane(Box<Bridge>),
+    /// Lanes of a program that are made once the other side has agreed.
     Waiting(Box<Waiting>),
-    /// Not known yet.
+    /// The switch itself, for agents of guests.
+    Service(Service),
+    /// Not known yet, or not there any more.
     Unknown,
+}
+
+/// What a guest's agent talks to in the switch.
+pub struct Service {
+    pub kind: ServiceKind,
+    /// Bytes of a message whose end has not come.
+    pub begun: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceKind {
+    /// The broker, for a program: this attachment.
+    Control(u64),
+    /// Memory for lanes.
+    Seats,
+    /// The bell of a seat; not known until it was named.
+    Bell(Option<u32>),
 }
 
 /// What the broker knows of a side that came through a guest's door.
 pub struct Held {
+    /// By which attachment.
+    pub attachment: u64,
     pub connection: u64,
     pub ticket: [u8; TICKET],
     /// This side's memory. Between guests only its page is used, for the totals.
@@ -163,9 +187,9 @@ pub struct Held {
 
 impl Held {
     #[must_use]
-    pub fn new(offer: Offer) -> Self {
+    pub fn new(attachment: u64, offer: Offer) -> Self {
         let totals = Mapped::new(offer.counters().clone());
-        Self { connection: 0, ticket: [0; TICKET], offer, totals }
+        Self { attachment, connection: 0, ticket: [0; TICKET], offer, totals }
     }
 
     #[must_use]
@@ -175,8 +199,8 @@ impl Held {
 }
 
 pub struct Flow {
-    /// As the opener sees it.
-    pub key: Key,
+    /// As the opener sees it, as the accepter does. (A guest may mean one domain by two numbers.)
+    pub keys: [Key; 2],
     pub state: State,
     /// Opener, accepter.
     pub sides: [Side; 2],
@@ -187,6 +211,12 @@ pub struct Flow {
     pub ended: bool,
     /// When to give up on a guest that does not answer.
     pub deadline: Option<Instant>,
+    /// The seats of sides that are programs of guests.
+    pub seats: [Option<u32>; 2],
+    /// Of both lanes.
+    pub secret: u64,
+    /// It is in the list of flows whose lanes have more.
+    pub busy: bool,
 }
 
 pub const OPENER: usize = 0;
@@ -195,7 +225,18 @@ pub const ACCEPTER: usize = 1;
 impl Flow {
     #[must_use]
     pub fn new(key: Key, state: State, sides: [Side; 2]) -> Self {
-        Self { key, state, sides, held: [None, None], sent: [(0, 0); 2], ended: false, deadline: None }
+        Self {
+            keys: [key, key.other()],
+            state,
+            sides,
+            held: [None, None],
+            sent: [(0, 0); 2],
+            ended: false,
+            deadline: None,
+            seats: [None, None],
+            secret: 0,
+            busy: false,
+        }
     }
 
     /// Count bytes between two guests, for the broker's accounts. Lanes count by themselves.
@@ -218,7 +259,7 @@ impl Flow {
     /// The connection as this side sees it.
     #[must_use]
     pub fn key_of(&self, side: usize) -> Key {
-        if side == OPENER { self.key } else { self.key.other() }
+        self.keys[side]
     }
 
     #[must_use]
@@ -243,9 +284,11 @@ impl Flow {
         let key = self.key_of(side);
         let (buf_alloc, fwd_cnt) = match &self.sides[1 - side] {
             Side::Guest(other) => (other.buf_alloc.min(window), other.fwd_cnt),
-            Side::Lane(_) | Side::Waiting(_) | Side::Unknown => {
+            Side::Lane(_) | Side::Service(_) => {
                 (crate::bridge::WINDOW, self.socket(side).map_or(0, |socket| socket.taken))
             }
+            // Whatever it sends would have nowhere to go.
+            Side::Waiting(_) | Side::Unknown => (0, 0),
         };
         if let Some(socket) = self.socket(side) {
             socket.grant(buf_alloc, fwd_cnt);

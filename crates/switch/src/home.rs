@@ -1,16 +1,24 @@
-//! The broker's side: who may connect, and how connections begin and end.
+//! The broker's side: attachments, and how connections begin and end.
+//!
+//! Each guest has one attachment of the switch's own, its *home*, for programs that speak plain `AF_VSOCK`; and one
+//! for each program that came through the guest's agent, whose messages are passed on (see `agent`).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use isthmus_engine::lane::{LARGE_DEFAULT, Offer, SMALL_DEFAULT};
+use isthmus_engine::lane::{Ends, LARGE_DEFAULT, Offer, SMALL_DEFAULT};
 use isthmus_sys::poll::Ready;
-use isthmus_wire::control::{self, ANY_PORT, ANYBODY, Carrier, Message, Refusal, SocketKind};
-use isthmus_wire::vsock::{Header, SEQPACKET, STREAM};
+use isthmus_wire::control::{
+    self, ANY_PORT, ANYBODY, BELL_PORT, CONTROL_PORT, Carrier, Message, PRIVILEGED_PORT_MAX, Refusal,
+    SEATS_PORT, SocketKind, TICKET,
+};
+use isthmus_wire::vsock::{HOST_CID, Header, SEQPACKET, STREAM};
 
-use crate::attachment::Asked;
-use crate::bridge::{Bridge, Taken};
-use crate::flow::{ACCEPTER, Flow, FlowId, Held, Key, OPENER, Side, Socket, State, Waiting};
+use crate::attachment::{Asked, Attachment};
+use crate::bridge::{Bell, Bridge, Taken};
+use crate::flow::{
+    ACCEPTER, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, Socket, State, Waiting,
+};
 use crate::switch::{AGAIN, Switch};
 
 /// Connections of one guest, those that are being opened among them. The broker's limits are lower.
@@ -22,38 +30,53 @@ const BACKLOG: u32 = 1024;
 /// The domain that is meant by the host's CID.
 const HOST_DOMAIN: &str = "host";
 
-fn socket_kind(kind: u16) -> SocketKind {
+pub(crate) fn socket_kind(kind: u16) -> SocketKind {
     if kind == SEQPACKET { SocketKind::Seqpacket } else { SocketKind::Stream }
 }
 
-impl Switch {
-    // ---- the attachment
+fn packet_kind(kind: SocketKind) -> u16 {
+    if kind == SocketKind::Stream { STREAM } else { SEQPACKET }
+}
 
-    pub(crate) fn attach(&mut self, cid: u32) {
-        self.lose_home(cid);
-        let Some(guest) = self.guests.get_mut(&cid) else { return };
-        if guest.home.connect(guest.door.as_fd()).is_err() {
-            guest.home.again = Some(Instant::now() + AGAIN);
+/// On what terms the broker made a connection.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms {
+    pub(crate) connection: u64,
+    pub(crate) ticket: [u8; TICKET],
+    pub(crate) secret: u64,
+    pub(crate) small: u32,
+    pub(crate) large: u32,
+}
+
+impl Switch {
+    // ---- attachments
+
+    /// Attach on behalf of a guest (again).
+    pub(crate) fn attach(&mut self, id: u64) {
+        let Some(attachment) = self.attachments.get_mut(&id) else { return };
+        let Some(guest) = self.guests.get(&attachment.cid) else { return };
+        if attachment.connect(guest.door.as_fd()).is_err() {
+            attachment.again = Some(Instant::now() + AGAIN);
             return;
         }
-        let program = format!("switch for {}", guest.name);
-        guest.home.ask(Asked::Hello, &Message::Hello { features: 0, program: &program }, &[]);
-        if let Some(socket) = guest.home.socket.as_ref().and_then(|socket| socket.try_clone().ok()) {
-            self.watch_home(cid, socket.as_fd());
+        if attachment.app.is_none() {
+            let program = format!("switch for {}", guest.name);
+            attachment.ask(Asked::Hello, &Message::Hello { features: 0, program: &program }, &[]);
         }
+        self.watch_attachment(id);
     }
 
     /// Try again where there was no broker, and give up on guests that did not answer.
     pub(crate) fn attach_again(&mut self) {
         let now = Instant::now();
-        let due = |guest: &crate::switch::Guest| guest.home.again.is_some_and(|at| at <= now);
-        let cids: Vec<u32> =
-            self.guests.iter().filter(|(_, guest)| due(guest)).map(|(cid, _)| *cid).collect();
-        for cid in cids {
-            self.attach(cid);
+        let due = |attachment: &Attachment| attachment.again.is_some_and(|at| at <= now);
+        let due: Vec<u64> = self.attachments.iter().filter(|(_, a)| due(a)).map(|(id, _)| *id).collect();
+        for id in due {
+            self.attach(id);
         }
         if self.swept.elapsed() >= Duration::from_secs(1) {
             self.swept = now;
+            self.check_seats();
             let late =
                 |flow: &Flow| flow.deadline.is_some_and(|at| at <= now) && flow.state == State::Requested;
             let late: Vec<FlowId> =
@@ -66,98 +89,74 @@ impl Switch {
     }
 
     /// The broker is gone. What is open stays open; what was asked is refused.
-    fn lose_home(&mut self, cid: u32) {
-        let Some(guest) = self.guests.get_mut(&cid) else { return };
-        if let Some(socket) = guest.home.socket.as_ref().and_then(|socket| socket.try_clone().ok()) {
-            self.forget(socket.as_fd());
+    pub(crate) fn lose_broker(&mut self, id: u64) {
+        let Some(attachment) = self.attachments.get_mut(&id) else { return };
+        if let Some(socket) = &attachment.socket {
+            let _ = self.set.remove(socket.as_fd());
         }
-        let Some(guest) = self.guests.get_mut(&cid) else { return };
-        for asked in guest.home.lose() {
-            if let Asked::Connect(id) = asked {
-                self.end_flow(id, None);
+        let (asked, app) = (attachment.lose(), attachment.app);
+        for asked in asked {
+            if let Asked::Connect(flow) = asked {
+                self.end_flow(flow, None);
+            }
+        }
+        match app {
+            // Its program attaches again by itself, and shows what it holds.
+            Some(flow) => self.end_flow(flow, None),
+            None => {
+                if let Some(attachment) = self.attachments.get_mut(&id) {
+                    attachment.again = Some(Instant::now() + AGAIN);
+                }
             }
         }
     }
 
-    pub(crate) fn hear_home(&mut self, cid: u32, ready: Ready) {
-        let Some(guest) = self.guests.get_mut(&cid) else { return };
+    pub(crate) fn hear_broker_through(&mut self, id: u64, ready: Ready) {
+        let Some(attachment) = self.attachments.get_mut(&id) else { return };
         if ready.writable {
-            guest.home.handle_writable();
-            let blocked = guest.home.blocked();
-            self.watch_home_again(cid, blocked);
+            attachment.handle_writable();
+            self.watch_blocked(id);
         }
         loop {
-            let Some(guest) = self.guests.get_mut(&cid) else { return };
-            match guest.home.receive() {
-                Ok(Some((packet, descriptors))) => {
-                    if self.handle_home(cid, &packet, descriptors).is_some() {
-                        continue;
-                    }
-                }
+            let Some(attachment) = self.attachments.get_mut(&id) else { return };
+            let heard = match attachment.receive() {
+                Ok(Some((packet, descriptors))) => match attachment.app {
+                    Some(flow) => self.pass_to_program(id, flow, &packet, descriptors),
+                    None => self.handle_home(id, &packet, descriptors),
+                },
                 Ok(None) => return,
-                Err(_) => {}
+                Err(_) => None,
+            };
+            if heard.is_none() {
+                return self.lose_broker(id);
             }
-            self.lose_home(cid);
-            if let Some(guest) = self.guests.get_mut(&cid) {
-                guest.home.again = Some(Instant::now() + AGAIN);
-            }
-            return;
         }
     }
 
-    pub(crate) fn tell_home(&mut self, cid: u32, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) {
-        if let Some(guest) = self.guests.get_mut(&cid) {
-            guest.home.tell(message, descriptors);
-            if guest.home.blocked() {
-                self.watch_home_again(cid, true);
-            }
+    pub(crate) fn tell(&mut self, id: u64, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) {
+        if let Some(attachment) = self.attachments.get_mut(&id) {
+            attachment.tell(message, descriptors);
+            self.watch_blocked(id);
         }
     }
 
     /// `None`: this is no broker.
-    fn handle_home(&mut self, cid: u32, packet: &[u8], descriptors: Vec<OwnedFd>) -> Option<()> {
+    fn handle_home(&mut self, id: u64, packet: &[u8], descriptors: Vec<OwnedFd>) -> Option<()> {
         let (request, message) = control::decode(packet).ok()?;
-        let asked = self.guests.get_mut(&cid)?.home.answered(request);
-        match (asked, message) {
-            (Some(Asked::Hello), Message::Welcome { .. }) => self.greeted(cid),
-            (Some(Asked::Bind), Message::Bound { .. }) => self.guests.get_mut(&cid)?.home.ready = true,
-            (
-                Some(Asked::Connect(id)),
-                Message::Connected { connection, secret, small, large, ticket, .. },
-            ) => {
-                let terms = Terms { secret, small, large };
-                self.connected(cid, id, connection, ticket, &terms, descriptors);
+        let attachment = self.attachments.get_mut(&id)?;
+        let cid = attachment.cid;
+        match (attachment.answered(request), message) {
+            (Some(Asked::Hello), Message::Welcome { .. }) => self.greeted(id),
+            (Some(Asked::Bind), Message::Bound { .. }) => attachment.ready = true,
+            (Some(Asked::Connect(flow)), Message::Connected { .. }) => {
+                self.connected(id, flow, &message, descriptors);
             }
-            (Some(Asked::Connect(id)), _) => self.end_flow(id, None),
+            (Some(Asked::Connect(flow)), _) => self.end_flow(flow, None),
             (Some(Asked::Resume(connection)), Message::Refused { .. }) => self.cut(cid, connection),
-            (
-                None,
-                Message::Incoming {
-                    connection,
-                    secret,
-                    from,
-                    from_port,
-                    port,
-                    kind,
-                    small,
-                    large,
-                    ticket,
-                    ..
-                },
-            ) => {
-                let terms = Terms { secret, small, large };
-                let kind = match kind {
-                    SocketKind::Stream => Some(STREAM),
-                    SocketKind::Seqpacket => Some(SEQPACKET),
-                    SocketKind::Datagram => None,
-                };
-                let taken = kind.is_some_and(|kind| {
-                    let key = Key { cid: from, port: from_port, peer: cid, peer_port: port, kind };
-                    self.incoming(key, connection, ticket, &terms, descriptors)
-                });
-                if !taken {
+            (None, Message::Incoming { connection, .. }) => {
+                if self.incoming(id, &message, descriptors).is_none() {
                     let refusal = Refusal::NobodyListens;
-                    self.tell_home(cid, &Message::Refuse { connection, refusal }, &[]);
+                    self.tell(id, &Message::Refuse { connection, refusal }, &[]);
                 }
             }
             (None, Message::Cut { connection, .. }) => self.cut(cid, connection),
@@ -167,25 +166,25 @@ impl Switch {
     }
 
     /// The broker knows us: we stand for all ports, and hold these connections.
-    fn greeted(&mut self, cid: u32) {
-        let Some(guest) = self.guests.get_mut(&cid) else { return };
+    fn greeted(&mut self, id: u64) {
+        let Some(attachment) = self.attachments.get_mut(&id) else { return };
         let all =
             Message::Bind { port: ANY_PORT, kind: SocketKind::Stream, partner: ANYBODY, backlog: BACKLOG };
-        guest.home.ask(Asked::Bind, &all, &[]);
-        for id in &guest.flows {
-            let Some(flow) = self.flows.get(id) else { continue };
+        attachment.ask(Asked::Bind, &all, &[]);
+        let Some(guest) = self.guests.get(&attachment.cid) else { return };
+        for flow in guest.flows.iter().filter_map(|flow| self.flows.get(flow)) {
+            if flow.ended || flow.state != State::Open {
+                continue;
+            }
             for side in [OPENER, ACCEPTER] {
-                let key = flow.key_of(side);
-                let Some(held) = flow.held[side].as_ref().filter(|held| held.connection != 0) else {
-                    continue;
-                };
-                if key.cid != cid || flow.ended || flow.state != State::Open {
-                    continue;
-                }
+                let held =
+                    flow.held[side].as_ref().filter(|held| held.connection != 0 && held.attachment == id);
+                let Some(held) = held else { continue };
                 let Ok(page) = held.offer().counters_descriptor() else { continue };
+                let key = flow.key_of(side);
                 let resume = Message::Resume {
                     connection: held.connection,
-                    peer: key.peer,
+                    peer: flow.key_of(1 - side).cid,
                     peer_port: key.peer_port,
                     port: key.port,
                     kind: socket_kind(key.kind),
@@ -195,24 +194,36 @@ impl Switch {
                     opener: u8::from(side == OPENER),
                     ticket: held.ticket,
                 };
-                guest.home.ask(Asked::Resume(held.connection), &resume, &[page.as_fd()]);
+                attachment.ask(Asked::Resume(held.connection), &resume, &[page.as_fd()]);
             }
         }
+        self.watch_blocked(id);
     }
 
     // ---- connections begin
 
-    /// A guest's program wants a connection: ask the broker.
+    /// A guest's program wants a connection: ask the broker, or it is for ourselves.
     pub(crate) fn open(&mut self, key: Key, header: &Header) {
+        let Some(guest) = self.guests.get_mut(&key.cid) else { return };
+        if guest.flows.len() >= FLOWS_MAX {
+            return self.answer_reset(key.cid, header);
+        }
+        let mut socket = Socket::default();
+        socket.credit(header);
+        if u64::from(key.peer) == HOST_CID && (CONTROL_PORT..=BELL_PORT).contains(&key.peer_port) {
+            return self.open_service(key, socket, header);
+        }
         let id = self.new_flow();
         let Some(guest) = self.guests.get_mut(&key.cid) else { return };
+        let home = guest.home;
         let offer = Offer::new(Carrier::Switch, SMALL_DEFAULT, LARGE_DEFAULT);
-        let (true, true, Ok(offer)) = (guest.home.ready, guest.flows.len() < FLOWS_MAX, offer) else {
+        let attachment = self.attachments.get_mut(&home).filter(|attachment| attachment.ready);
+        let (Some(attachment), Ok(offer)) = (attachment, offer) else {
             return self.answer_reset(key.cid, header);
         };
         let number = key.peer.to_string();
         let connect = Message::Connect {
-            to: if u64::from(key.peer) == isthmus_wire::vsock::HOST_CID { HOST_DOMAIN } else { &number },
+            to: if u64::from(key.peer) == HOST_CID { HOST_DOMAIN } else { &number },
             to_port: key.peer_port,
             from_port: key.port,
             kind: socket_kind(key.kind),
@@ -221,60 +232,106 @@ impl Switch {
             small: offer.small,
             large: offer.large,
         };
-        guest.home.ask(Asked::Connect(id), &connect, &offer.descriptors());
+        attachment.ask(Asked::Connect(id), &connect, &offer.descriptors());
         guest.flows.insert(id);
-        let mut socket = Socket::default();
-        socket.credit(header);
         let mut flow = Flow::new(key, State::Asking, [Side::Guest(socket), Side::Unknown]);
-        flow.held[OPENER] = Some(Held::new(offer));
+        flow.held[OPENER] = Some(Held::new(home, offer));
         self.flows.insert(id, flow);
         self.keys.insert(key, (id, OPENER));
-        if self.guests.get(&key.cid).is_some_and(|guest| guest.home.blocked()) {
-            self.watch_home_again(key.cid, true);
-        }
+        self.watch_blocked(home);
     }
 
-    /// Somebody wants a connection to a guest's program: ask the guest. `false`: it cannot be asked.
-    fn incoming(
-        &mut self,
-        key: Key,
-        connection: u64,
-        ticket: [u8; control::TICKET],
-        terms: &Terms,
-        descriptors: Vec<OwnedFd>,
-    ) -> bool {
-        let Ok([lane, bell]) = <[OwnedFd; 2]>::try_from(descriptors) else { return false };
-        let Some(guest) = self.guests.get_mut(&key.peer) else { return false };
-        let running = guest.device.as_ref().is_some_and(crate::device::Device::running);
-        let Ok(offer) = Offer::new(Carrier::Switch, SMALL_DEFAULT, LARGE_DEFAULT) else { return false };
-        if !running || guest.flows.len() >= FLOWS_MAX || self.keys.contains_key(&key.other()) {
-            return false;
-        }
-        // Between two guests of ours the packets are passed on, and the lane is not needed.
-        let known = self.keys.get(&key).map(|found| found.0);
-        let id = known.unwrap_or_else(|| self.new_flow());
-        let flow = self.flows.entry(id).or_insert_with(|| {
-            let Terms { secret, small, large } = *terms;
-            let waiting = Waiting { lane, bell, secret, small, large };
-            Flow::new(key, State::Asking, [Side::Waiting(Box::new(waiting)), Side::Unknown])
+    /// A guest's agent talks to the switch itself.
+    fn open_service(&mut self, key: Key, socket: Socket, header: &Header) {
+        let privileged = key.port <= PRIVILEGED_PORT_MAX;
+        let kind = match (key.peer_port, key.kind) {
+            (CONTROL_PORT, SEQPACKET) => None,
+            (SEATS_PORT, SEQPACKET) if privileged => Some(ServiceKind::Seats),
+            (BELL_PORT, STREAM) if privileged => Some(ServiceKind::Bell(None)),
+            _ => return self.answer_reset(key.cid, header),
+        };
+        let id = self.new_flow();
+        let kind = kind.unwrap_or_else(|| {
+            let attachment = self.new_attachment(key.cid, Some(id));
+            self.attach(attachment);
+            ServiceKind::Control(attachment)
         });
-        if flow.state != State::Asking || flow.ended {
-            return false;
+        if let ServiceKind::Control(attachment) = kind {
+            // No broker: the program hears it as it would at a door.
+            if self.attachments.get(&attachment).is_none_or(|attachment| attachment.socket.is_none()) {
+                self.attachments.remove(&attachment);
+                return self.answer_reset(key.cid, header);
+            }
         }
-        flow.state = State::Requested;
-        flow.deadline = Some(Instant::now() + ANSWER);
-        let mut socket = Socket::default();
-        socket.out.request = true;
-        flow.sides[ACCEPTER] = Side::Guest(socket);
-        let mut held = Held::new(offer);
-        (held.connection, held.ticket) = (connection, ticket);
-        flow.held[ACCEPTER] = Some(held);
-        self.keys.insert(key.other(), (id, ACCEPTER));
-        if let Some(guest) = self.guests.get_mut(&key.peer) {
+        let service = Side::Service(Service { kind, begun: Vec::new() });
+        let mut socket = socket;
+        socket.out.response = true;
+        self.flows.insert(id, Flow::new(key, State::Open, [Side::Guest(socket), service]));
+        self.keys.insert(key, (id, OPENER));
+        if let Some(guest) = self.guests.get_mut(&key.cid) {
             guest.flows.insert(id);
         }
+        self.queue(id, OPENER);
+    }
+
+    /// Somebody wants a connection to a program of a guest that speaks plain `AF_VSOCK`: ask the guest.
+    fn incoming(&mut self, home: u64, message: &Message<'_>, descriptors: Vec<OwnedFd>) -> Option<()> {
+        let Message::Incoming { from, from_port, port, kind, .. } = *message else { return None };
+        let cid = self.attachments.get(&home)?.cid;
+        let kind = match kind {
+            SocketKind::Datagram => return None,
+            kind => packet_kind(kind),
+        };
+        let key = Key { cid: from, port: from_port, peer: cid, peer_port: port, kind };
+        let running = self.guests.get(&cid)?.device.as_ref().is_some_and(crate::device::Device::running);
+        if !running || self.keys.contains_key(&key.other()) {
+            return None;
+        }
+        let mut socket = Socket::default();
+        socket.out.request = true;
+        let id = self.accept_flow(home, key, Side::Guest(socket), message, descriptors)?;
+        self.keys.insert(key.other(), (id, ACCEPTER));
         self.queue(id, ACCEPTER);
-        true
+        Some(())
+    }
+
+    /// A flow whose accepting side, a guest's, is to be asked.
+    pub(crate) fn accept_flow(
+        &mut self,
+        attachment: u64,
+        key: Key,
+        side: Side,
+        message: &Message<'_>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Option<FlowId> {
+        let Message::Incoming { connection, secret, small, large, ticket, .. } = *message else {
+            return None;
+        };
+        let [lane, bell] = <[OwnedFd; 2]>::try_from(descriptors).ok()?;
+        let offer = Offer::new(Carrier::Switch, SMALL_DEFAULT, LARGE_DEFAULT).ok()?;
+        let local = self.guests.contains_key(&key.cid);
+        let guest = self.guests.get_mut(&key.peer)?;
+        if guest.flows.len() >= FLOWS_MAX {
+            return None;
+        }
+        self.last_flow += 1;
+        let id = self.last_flow;
+        guest.flows.insert(id);
+        // Between two guests nothing passes through this lane: the opener's side is with us as well.
+        let opener = if local {
+            self.meetings.insert(connection, id);
+            Side::Unknown
+        } else {
+            Side::Waiting(Box::new(Waiting { lane, bell, secret, small, large }))
+        };
+        let mut flow = Flow::new(key, State::Requested, [opener, side]);
+        flow.deadline = Some(Instant::now() + ANSWER);
+        flow.secret = secret;
+        let mut held = Held::new(attachment, offer);
+        (held.connection, held.ticket) = (connection, ticket);
+        flow.held[ACCEPTER] = Some(held);
+        self.flows.insert(id, flow);
+        Some(id)
     }
 
     /// The guest's program agreed.
@@ -282,67 +339,121 @@ impl Switch {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         flow.state = State::Accepted;
         flow.deadline = None;
-        let cid = flow.key_of(ACCEPTER).cid;
         let Some(held) = &flow.held[ACCEPTER] else { return };
-        let offer = held.offer();
+        let (offer, attachment) = (held.offer(), held.attachment);
         let accept = Message::Accept { connection: held.connection, small: offer.small, large: offer.large };
-        if let Some(guest) = self.guests.get_mut(&cid) {
-            guest.home.tell(&accept, &offer.descriptors());
+        if let Some(attachment) = self.attachments.get_mut(&attachment) {
+            attachment.tell(&accept, &offer.descriptors());
         }
         if let Side::Waiting(_) = &flow.sides[OPENER] {
             let Side::Waiting(waiting) = std::mem::replace(&mut flow.sides[OPENER], Side::Unknown) else {
                 return;
             };
             let Waiting { lane, bell, secret, small, large } = *waiting;
-            self.join(id, ACCEPTER, &Terms { secret, small, large }, &lane, bell);
+            self.join(id, ACCEPTER, (secret, small, large), &lane, bell);
         }
-        if self.guests.get(&cid).is_some_and(|guest| guest.home.blocked()) {
-            self.watch_home_again(cid, true);
-        }
+        self.watch_blocked(attachment);
     }
 
     /// The broker has brought the opener together with whoever listens.
-    fn connected(
+    pub(crate) fn connected(
         &mut self,
-        cid: u32,
+        attachment: u64,
         id: FlowId,
-        connection: u64,
-        ticket: [u8; control::TICKET],
-        terms: &Terms,
+        message: &Message<'_>,
         descriptors: Vec<OwnedFd>,
-    ) {
+    ) -> bool {
+        let Message::Connected { connection, ticket, secret, small, large, .. } = *message else {
+            return false;
+        };
+        let terms = Terms { connection, ticket, secret, small, large };
+        let other = self.meetings.remove(&connection);
         let open = self.flows.get_mut(&id).filter(|flow| !flow.ended);
         let (Some(flow), Ok([lane, bell])) = (open, <[OwnedFd; 2]>::try_from(descriptors)) else {
             // The opener has given up meanwhile.
-            return self.tell_home(cid, &Message::Close { connection }, &[]);
+            self.tell(attachment, &Message::Close { connection }, &[]);
+            if let Some(other) = other {
+                self.end_flow(other, None);
+            }
+            return false;
         };
         if let Some(held) = &mut flow.held[OPENER] {
-            (held.connection, held.ticket) = (connection, ticket);
+            (held.connection, held.ticket) = (terms.connection, terms.ticket);
         }
-        match &flow.sides[ACCEPTER] {
-            Side::Guest(_) => flow.state = State::Open,
-            _ => self.join(id, OPENER, terms, &lane, bell),
+        match other {
+            Some(other) => self.meet(id, other),
+            None => self.join(id, OPENER, (terms.secret, terms.small, terms.large), &lane, bell),
         }
-        if let Some(socket) = self.flows.get_mut(&id).and_then(|flow| flow.socket(OPENER)) {
+        let Some(flow) = self.flows.get_mut(&id).filter(|flow| !flow.ended) else { return false };
+        if let Some(socket) = flow.socket(OPENER) {
             socket.out.response = true;
         }
         self.queue(id, OPENER);
+        true
     }
 
-    /// Make the lanes between the guest on `side` and the program on the other one.
-    fn join(&mut self, id: FlowId, side: usize, terms: &Terms, lane: &OwnedFd, bell: OwnedFd) {
-        let Some(flow) = self.flows.get_mut(&id) else { return };
-        let kind = socket_kind(flow.key.kind);
-        let Some(held) = &flow.held[side] else { return };
-        let joined = held.offer().join(lane, terms.small, terms.large, terms.secret, kind);
-        let Ok(ends) = joined else { return self.end_flow(id, None) };
+    /// Both sides of a connection are with us: make one flow of the two.
+    fn meet(&mut self, opener: FlowId, accepter: FlowId) {
+        let Some(mut other) = self.flows.remove(&accepter).filter(|flow| !flow.ended) else {
+            return self.end_flow(opener, None);
+        };
+        let Some(flow) = self.flows.get_mut(&opener) else { return };
         flow.state = State::Open;
-        flow.sides[1 - side] = Side::Lane(Box::new(Bridge::new(ends, bell, kind == SocketKind::Seqpacket)));
+        flow.keys[ACCEPTER] = other.keys[ACCEPTER];
+        flow.held[ACCEPTER] = other.held[ACCEPTER].take();
+        flow.seats[ACCEPTER] = other.seats[ACCEPTER];
+        flow.sides[ACCEPTER] = std::mem::replace(&mut other.sides[ACCEPTER], Side::Unknown);
+        let key = flow.keys[ACCEPTER];
+        let seat = flow.seats[ACCEPTER];
+        if let Some(socket) = flow.socket(ACCEPTER) {
+            // It was granted nothing until now.
+            socket.out.credit = true;
+            socket.out.queued = false;
+        }
+        if self.keys.get(&key) == Some(&(accepter, ACCEPTER)) {
+            self.keys.insert(key, (opener, ACCEPTER));
+        }
+        if let Some(guest) = self.guests.get_mut(&key.cid) {
+            guest.flows.remove(&accepter);
+            guest.flows.insert(opener);
+            guest.ready.retain(|(id, _)| *id != accepter);
+            if let Some(place) = seat.and_then(|seat| guest.seats.get_mut(&seat)) {
+                place.flow = Some((opener, ACCEPTER));
+            }
+        }
+        self.queue(opener, ACCEPTER);
+        self.relay(opener);
+    }
+
+    /// Make the lanes between the guest on `side` and the program that is no guest's on the other one.
+    fn join(&mut self, id: FlowId, side: usize, terms: (u64, u32, u32), lane: &OwnedFd, bell: OwnedFd) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let kind = socket_kind(flow.key_of(side).kind);
+        let Some(held) = &flow.held[side] else { return };
+        let (secret, small, large) = terms;
+        let Ok(ends) = held.offer().join(lane, small, large, secret, kind) else {
+            return self.end_flow(id, None);
+        };
+        self.seat_lane(id, 1 - side, ends, Bell::Socket(bell));
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        flow.state = State::Open;
+        if let Some(socket) = flow.socket(side) {
+            socket.out.credit = true;
+        }
         // The first look arms the lane.
         self.queue(id, side);
+        self.relay(id);
         let Some(Side::Lane(bridge)) = self.flows.get(&id).map(|flow| &flow.sides[1 - side]) else { return };
-        if !self.watch_bell(id, bridge.bell()) {
+        if bridge.bell().is_some_and(|bell| !self.watch_bell(id, bell)) {
             self.end_flow(id, None);
+        }
+    }
+
+    /// Put lanes in the place of a side.
+    pub(crate) fn seat_lane(&mut self, id: FlowId, side: usize, ends: Ends, bell: Bell) {
+        if let Some(flow) = self.flows.get_mut(&id) {
+            let message = flow.key_of(side).kind == SEQPACKET;
+            flow.sides[side] = Side::Lane(Box::new(Bridge::new(ends, bell, message)));
         }
     }
 
@@ -350,38 +461,52 @@ impl Switch {
     pub(crate) fn hear_bell(&mut self, id: FlowId) {
         for side in [OPENER, ACCEPTER] {
             let Some(flow) = self.flows.get_mut(&id) else { return };
-            let Some(bridge) = flow.bridge(1 - side) else { continue };
+            let Some(bridge) = flow.bridge(side) else { continue };
             bridge.hear();
             let gone = bridge.gone();
-            let taken = bridge.push();
-            if taken == Taken::Broken && gone {
-                return self.end_flow(id, None);
-            }
             if gone {
                 // Nothing more will ring; what is in the lane is delivered.
-                let Some(Side::Lane(bridge)) = self.flows.get(&id).map(|flow| &flow.sides[1 - side]) else {
-                    return;
-                };
-                self.forget(bridge.bell());
+                if let Some(bell) = bridge.bell() {
+                    let _ = self.set.remove(bell);
+                }
             }
-            self.note_taken(id, side, taken);
-            self.queue(id, side);
-            self.end_if_done(id);
+            self.look_at_lane(id, side);
         }
+        self.relay(id);
+    }
+
+    /// A program's lane may have bytes for a guest's socket, or room for that socket's.
+    pub(crate) fn look_at_lane(&mut self, id: FlowId, side: usize) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if flow.socket(1 - side).is_none() {
+            return;
+        }
+        let Some(bridge) = flow.bridge(side) else { return };
+        let taken = bridge.push();
+        if taken == Taken::Broken && bridge.gone() {
+            return self.end_flow(id, None);
+        }
+        self.note_taken(id, 1 - side, taken);
+        self.queue(id, 1 - side);
+        self.end_if_done(id);
     }
 
     // ---- connections end
 
     /// The broker's order.
-    fn cut(&mut self, cid: u32, connection: u64) {
-        let Some(guest) = self.guests.get(&cid) else { return };
+    pub(crate) fn cut(&mut self, cid: u32, connection: u64) {
+        if let Some(id) = self.flow_of(cid, connection) {
+            self.end_flow(id, None);
+        }
+    }
+
+    /// The flow that the broker knows by this number.
+    pub(crate) fn flow_of(&self, cid: u32, connection: u64) -> Option<FlowId> {
         let held = |id: &&FlowId| {
             let held = |side: &Option<Held>| side.as_ref().is_some_and(|held| held.connection == connection);
             self.flows.get(id).is_some_and(|flow| flow.held.iter().any(held))
         };
-        if let Some(id) = guest.flows.iter().find(held).copied() {
-            self.end_flow(id, None);
-        }
+        self.guests.get(&cid)?.flows.iter().find(held).copied()
     }
 
     /// A connection is over. Every guest on it is told, after the bytes that wait for it, but not `by`, who ended it.
@@ -393,13 +518,14 @@ impl Switch {
             let cid = flow.key_of(side).cid;
             if first {
                 if let Some(held) = flow.held[side].take().filter(|held| held.connection != 0) {
-                    let requested = matches!(flow.state, State::Requested);
-                    let message = if requested && side == ACCEPTER {
+                    self.meetings.remove(&held.connection);
+                    let asked = matches!(flow.state, State::Requested) && side == ACCEPTER;
+                    let message = if asked {
                         Message::Refuse { connection: held.connection, refusal: Refusal::NobodyListens }
                     } else {
                         Message::Close { connection: held.connection }
                     };
-                    self.tell_home(cid, &message, &[]);
+                    self.tell(held.attachment, &message, &[]);
                 }
             }
             let Some(flow) = self.flows.get_mut(&id) else { return };
@@ -412,11 +538,16 @@ impl Switch {
                 Side::Lane(bridge) => {
                     // Whoever closed over what it had not read resets.
                     bridge.close(!bridge.flushed());
-                    let Some(Side::Lane(bridge)) = self.flows.get(&id).map(|flow| &flow.sides[side]) else {
-                        return;
-                    };
-                    self.forget(bridge.bell());
+                    if let Some(bell) = bridge.bell() {
+                        let _ = self.set.remove(bell);
+                    }
+                    self.ring_guest(id, side);
                     self.forget_side(id, side);
+                }
+                Side::Service(service) => {
+                    let kind = service.kind;
+                    self.forget_side(id, side);
+                    self.end_service(cid, id, kind, 1 - side);
                 }
                 Side::Waiting(_) | Side::Unknown => self.forget_side(id, side),
             }
@@ -431,10 +562,13 @@ impl Switch {
             self.keys.remove(&key);
         }
         flow.sides[side] = Side::Unknown;
+        if let Some(seat) = flow.seats[side].take() {
+            self.free_seat(key.cid, seat, (id, side));
+        }
+        let Some(flow) = self.flows.get_mut(&id) else { return };
         // A guest connected to itself is on both sides.
-        let here =
-            |side: usize| flow.key_of(side).cid == key.cid && matches!(flow.sides[side], Side::Guest(_));
-        let still_here = here(1 - side);
+        let still_here =
+            flow.key_of(1 - side).cid == key.cid && !matches!(flow.sides[1 - side], Side::Unknown);
         let over = flow.sides.iter().all(|side| matches!(side, Side::Unknown));
         if !still_here {
             if let Some(guest) = self.guests.get_mut(&key.cid) {
@@ -442,14 +576,12 @@ impl Switch {
             }
         }
         if over {
+            for key in flow.keys {
+                if let Some(guest) = self.guests.get_mut(&key.cid) {
+                    guest.flows.remove(&id);
+                }
+            }
             self.flows.remove(&id);
         }
     }
-}
-
-/// On what terms a lane was made.
-struct Terms {
-    secret: u64,
-    small: u32,
-    large: u32,
 }

@@ -15,6 +15,7 @@
 //! - Whoever breaks a protocol loses its device and its connections; nobody else notices.
 //! - Nothing waits: every descriptor is non-blocking, every turn is bounded, every queue is.
 
+mod agent;
 pub mod attachment;
 pub mod bridge;
 mod deliver;
@@ -24,6 +25,7 @@ pub mod flow;
 mod home;
 pub mod memory;
 mod packets;
+pub mod seat;
 pub mod switch;
 pub mod vring;
 

@@ -165,7 +165,7 @@ impl Switch {
             pieces.push(piece);
         }
         let mut payload = Cursor::new(&pieces);
-        let message = flow.key.kind == SEQPACKET;
+        let message = flow.keys[0].kind == SEQPACKET;
         if header.len == 0 && !message {
             return;
         }
@@ -178,6 +178,10 @@ impl Switch {
             Side::Lane(bridge) => {
                 let taken = bridge.put(&mut payload, header.flags & vsock::SEQ_EOM != 0);
                 self.note_taken(id, side, taken);
+                self.ring_guest(id, 1 - side);
+            }
+            Side::Service(_) => {
+                self.handle_service(id, side, &mut payload, header.flags & vsock::SEQ_EOM != 0)
             }
             Side::Waiting(_) | Side::Unknown => {}
         }
@@ -215,9 +219,12 @@ impl Switch {
                 if shut & SHUTDOWN_RECEIVE != 0 {
                     bridge.stop(false);
                 }
+                self.ring_guest(id, 1 - side);
                 self.end_if_done(id);
             }
-            Side::Waiting(_) | Side::Unknown => {}
+            // It closes, and is told that we have.
+            Side::Service(_) if shut == both => self.end_flow(id, None),
+            Side::Service(_) | Side::Waiting(_) | Side::Unknown => {}
         }
     }
 
@@ -236,8 +243,8 @@ impl Switch {
     /// Tell the broker that nobody took this connection.
     pub(crate) fn refuse(&mut self, id: FlowId, refusal: Refusal) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        let cid = flow.key_of(ACCEPTER).cid;
         let Some(held) = flow.held[ACCEPTER].take() else { return };
-        self.tell_home(cid, &Message::Refuse { connection: held.connection, refusal }, &[]);
+        self.meetings.remove(&held.connection);
+        self.tell(held.attachment, &Message::Refuse { connection: held.connection, refusal }, &[]);
     }
 }

@@ -14,6 +14,7 @@ use crate::Fault;
 use crate::attachment::Attachment;
 use crate::device::{Changed, Device, RX, TX};
 use crate::flow::{Flow, FlowId, Key};
+use crate::seat::{Begun, Seat};
 use crate::vring::Chain;
 
 /// Packets that one guest may send before the others get their turn.
@@ -31,12 +32,13 @@ enum Topic {
     Listener = 2,
     Device = 3,
     Kick = 4,
-    Home = 5,
+    Attachment = 5,
     Bell = 6,
 }
 
 impl Topic {
-    const ALL: [Self; 6] = [Self::Broker, Self::Listener, Self::Device, Self::Kick, Self::Home, Self::Bell];
+    const ALL: [Self; 6] =
+        [Self::Broker, Self::Listener, Self::Device, Self::Kick, Self::Attachment, Self::Bell];
 
     fn token(self, which: u64) -> u64 {
         u64::from(self as u8) << 56 | which
@@ -54,27 +56,46 @@ pub(crate) struct Guest {
     listener: OwnedFd,
     pub(crate) door: OwnedFd,
     pub(crate) device: Option<Device>,
-    pub(crate) home: Attachment,
+    pub(crate) home: u64,
     /// Flows that have something to send to this guest, each once; and which side of the flow it is.
     pub(crate) ready: VecDeque<(FlowId, usize)>,
     pub(crate) flows: HashSet<FlowId>,
     /// Packets of it that nobody has a flow for, to be answered by resets.
     pub(crate) resets: VecDeque<isthmus_wire::vsock::Header>,
+    /// Memory of its for lanes, by the agent's numbers; and the one whose pages are being named.
+    pub(crate) seats: HashMap<u32, Place>,
+    pub(crate) begun: Option<(FlowId, Begun)>,
     /// It may have sent something; it has buffers for more than it got in its turn.
     sending: bool,
     pub(crate) pressed: bool,
     state: GuestState,
 }
 
+/// A seat of a guest's, and who uses it.
+pub(crate) struct Place {
+    pub(crate) seat: Seat,
+    /// The agent's connection: the seat is given up with it.
+    pub(crate) agent: FlowId,
+    pub(crate) flow: Option<(FlowId, usize)>,
+    /// The connection that rings for it.
+    pub(crate) bell: Option<FlowId>,
+}
+
 pub struct Switch {
-    set: Set,
+    pub(crate) set: Set,
     /// Where the broker connects, and its connection.
     listener: OwnedFd,
     broker: Option<OwnedFd>,
     pub(crate) guests: HashMap<u32, Guest>,
     pub(crate) flows: HashMap<FlowId, Flow>,
     pub(crate) keys: HashMap<Key, (FlowId, usize)>,
-    last_flow: FlowId,
+    pub(crate) last_flow: FlowId,
+    pub(crate) attachments: HashMap<u64, Attachment>,
+    last_attachment: u64,
+    /// Connections between guests of ours: the accepting side's flow, until the opener's is connected.
+    pub(crate) meetings: HashMap<u64, FlowId>,
+    /// Flows whose lanes have more than one turn's worth.
+    pub(crate) busy: VecDeque<FlowId>,
     /// When guests that do not answer were last looked for.
     pub(crate) swept: Instant,
     /// A chain in use, kept for its allocation.
@@ -99,6 +120,10 @@ impl Switch {
             flows: HashMap::new(),
             keys: HashMap::new(),
             last_flow: 0,
+            attachments: HashMap::new(),
+            last_attachment: 0,
+            meetings: HashMap::new(),
+            busy: VecDeque::new(),
             swept: Instant::now(),
             chain: Chain::default(),
             scratch: Chain::default(),
@@ -136,10 +161,10 @@ impl Switch {
 
     /// How long nothing needs to be done.
     fn patience(&self) -> Duration {
-        if self.guests.values().any(|guest| guest.sending || guest.pressed) {
+        if !self.busy.is_empty() || self.guests.values().any(|guest| guest.sending || guest.pressed) {
             return Duration::ZERO;
         }
-        let soon = self.guests.values().filter_map(|guest| guest.home.again).min();
+        let soon = self.attachments.values().filter_map(|attachment| attachment.again).min();
         let left = soon.map(|at| at.saturating_duration_since(Instant::now()));
         left.unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(1))
     }
@@ -156,8 +181,9 @@ impl Switch {
                 if let Some(guest) = self.guests.get_mut(&cid) {
                     guest.sending = true;
                 }
+                self.look_at_seats(cid);
             }
-            Topic::Home => self.hear_home(cid, ready),
+            Topic::Attachment => self.hear_broker_through(which, ready),
             Topic::Bell => self.hear_bell(which),
         }
     }
@@ -172,6 +198,13 @@ impl Switch {
                     guest.sending = more;
                 }
             }
+        }
+        for _ in 0..self.busy.len() {
+            let Some(id) = self.busy.pop_front() else { break };
+            if let Some(flow) = self.flows.get_mut(&id) {
+                flow.busy = false;
+            }
+            self.relay(id);
         }
         for cid in cids {
             if let Some(guest) = self.guests.get_mut(&cid) {
@@ -245,34 +278,45 @@ impl Switch {
         if self.set.add(listener.as_fd(), Topic::Listener.token(cid.into())).is_err() {
             return;
         }
-        if let Some(guest) = self.guests.get_mut(&cid) {
+        let home = if let Some(guest) = self.guests.get_mut(&cid) {
             let _ = self.set.remove(guest.listener.as_fd());
             (guest.listener, guest.door) = (listener, door);
+            let home = guest.home;
+            self.lose_broker(home);
+            home
         } else {
+            let home = self.new_attachment(cid, None);
             let guest = Guest {
                 name: name.to_owned(),
                 listener,
                 door,
                 device: None,
-                home: Attachment::new(cid),
+                home,
                 ready: VecDeque::new(),
                 flows: HashSet::new(),
                 resets: VecDeque::new(),
+                seats: HashMap::new(),
+                begun: None,
                 sending: false,
                 pressed: false,
                 state: GuestState::Waiting,
             };
             self.guests.insert(cid, guest);
-        }
-        self.attach(cid);
+            home
+        };
+        self.attach(home);
     }
 
     fn remove_guest(&mut self, cid: u32) {
         self.end_device(cid, "the domain was removed");
         if let Some(guest) = self.guests.remove(&cid) {
             let _ = self.set.remove(guest.listener.as_fd());
-            if let Some(home) = &guest.home.socket {
-                let _ = self.set.remove(home.as_fd());
+            let gone: Vec<u64> =
+                self.attachments.iter().filter(|(_, a)| a.cid == cid).map(|(id, _)| *id).collect();
+            for id in gone {
+                if let Some(socket) = self.attachments.remove(&id).and_then(|attachment| attachment.socket) {
+                    let _ = self.set.remove(socket.as_fd());
+                }
             }
         }
     }
@@ -303,7 +347,7 @@ impl Switch {
             match heard {
                 Ok(None) => return,
                 Ok(Some(Changed::Nothing)) => {}
-                Ok(Some(Changed::Memory)) => {}
+                Ok(Some(Changed::Memory)) => self.check_seats(),
                 Ok(Some(Changed::Started(index))) => {
                     if let Some(kick) = device.kick(index) {
                         let _ = self.set.add_edge(kick, Topic::Kick.token(u64::from(cid)));
@@ -355,6 +399,12 @@ impl Switch {
         let Some(guest) = self.guests.get_mut(&cid) else { return };
         guest.ready.clear();
         guest.resets.clear();
+        guest.begun = None;
+        let seats: Vec<u32> = guest.seats.keys().copied().collect();
+        for seat in seats {
+            self.leave_seat(cid, seat);
+        }
+        let Some(guest) = self.guests.get_mut(&cid) else { return };
         let flows: Vec<FlowId> = guest.flows.iter().copied().collect();
         for flow in flows {
             self.end_flow(flow, Some(cid));
@@ -384,22 +434,29 @@ impl Switch {
         self.last_flow
     }
 
-    pub(crate) fn watch_home(&self, cid: u32, socket: BorrowedFd<'_>) -> bool {
-        self.set.add(socket, Topic::Home.token(cid.into())).is_ok()
+    pub(crate) fn new_attachment(&mut self, cid: u32, app: Option<FlowId>) -> u64 {
+        self.last_attachment += 1;
+        self.attachments.insert(self.last_attachment, Attachment::new(cid, app));
+        self.last_attachment
+    }
+
+    pub(crate) fn watch_attachment(&self, id: u64) {
+        if let Some(socket) = self.attachments.get(&id).and_then(|attachment| attachment.socket.as_ref()) {
+            let _ = self.set.add(socket.as_fd(), Topic::Attachment.token(id));
+        }
     }
 
     /// Report also when the broker's socket can be written again, while something waits for that.
-    pub(crate) fn watch_home_again(&self, cid: u32, blocked: bool) {
-        if let Some(socket) = self.guests.get(&cid).and_then(|guest| guest.home.socket.as_ref()) {
-            let _ = self.set.watch(socket.as_fd(), Topic::Home.token(cid.into()), blocked);
+    pub(crate) fn watch_blocked(&mut self, id: u64) {
+        let Some(attachment) = self.attachments.get_mut(&id) else { return };
+        let blocked = attachment.blocked();
+        if let Some(socket) = attachment.socket.as_ref().filter(|_| blocked != attachment.watched) {
+            let _ = self.set.watch(socket.as_fd(), Topic::Attachment.token(id), blocked);
+            attachment.watched = blocked;
         }
     }
 
     pub(crate) fn watch_bell(&self, flow: FlowId, bell: BorrowedFd<'_>) -> bool {
         self.set.add(bell, Topic::Bell.token(flow)).is_ok()
-    }
-
-    pub(crate) fn forget(&self, descriptor: BorrowedFd<'_>) {
-        let _ = self.set.remove(descriptor);
     }
 }

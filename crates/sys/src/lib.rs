@@ -8,4 +8,5 @@ pub mod guard;
 pub mod mapping;
 pub mod memory;
 pub mod packet;
+pub mod pin;
 pub mod poll;

@@ -15,6 +15,72 @@ const MADV_COLLAPSE: libc::c_int = 25;
 /// `MADV_POPULATE_WRITE`, Linux 5.14: touch the pages for writing.
 const MADV_POPULATE_WRITE: libc::c_int = 23;
 
+/// Pieces of files, mapped one behind the other in reserved address space; unmapped when dropped.
+///
+/// What was not patched cannot be touched.
+pub struct Patchwork {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: as for `Mapping`.
+unsafe impl Send for Patchwork {}
+// SAFETY: as above.
+unsafe impl Sync for Patchwork {}
+
+impl Patchwork {
+    /// Reserve `len` bytes, beginning at a multiple of [`HUGE`].
+    pub fn new(len: usize) -> io::Result<Self> {
+        let whole = len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new reservation, of which what lies before and behind the aligned part is given back.
+        unsafe {
+            let start = rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                whole,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )?
+            .cast::<u8>();
+            let before = start.align_offset(HUGE).min(HUGE);
+            let base = start.add(before);
+            if before > 0 {
+                let _ = rustix::mm::munmap(start.cast(), before);
+            }
+            if before < HUGE {
+                let _ = rustix::mm::munmap(base.add(len).cast(), HUGE - before);
+            }
+            let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
+            Ok(Self { base, len })
+        }
+    }
+
+    #[must_use]
+    pub fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Map `len` bytes of `file` at `offset` to `at`, for reading and writing. Returns where they are.
+    pub fn patch(&mut self, at: usize, len: usize, file: BorrowedFd<'_>, offset: u64) -> io::Result<*mut u8> {
+        if at > self.len || len > self.len - at || len == 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: within our own reservation, checked above.
+        let mapped = unsafe {
+            let to = self.base.as_ptr().add(at).cast();
+            let access = ProtFlags::READ | ProtFlags::WRITE;
+            rustix::mm::mmap(to, len, access, MapFlags::SHARED | MapFlags::FIXED, file, offset)?
+        };
+        Ok(mapped.cast())
+    }
+}
+
+impl Drop for Patchwork {
+    fn drop(&mut self) {
+        // SAFETY: our own reservation and what was mapped over it; nobody uses it any more.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
 /// A shared mapping of a whole file; unmapped when dropped.
 pub struct Mapping {
     base: NonNull<u8>,

@@ -20,6 +20,17 @@ pub fn create(name: &CStr, len: usize) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
+/// A new file of `len` zero bytes of reserved huge pages.
+///
+/// # Errors
+/// The kernel has no huge pages of this kind.
+pub fn create_huge(name: &CStr, len: usize) -> io::Result<OwnedFd> {
+    let file =
+        rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?;
+    rustix::fs::ftruncate(&file, len as u64)?;
+    Ok(file)
+}
+
 pub fn seal(file: BorrowedFd<'_>, seals: SealFlags) -> io::Result<()> {
     Ok(rustix::fs::fcntl_add_seals(file, seals)?)
 }

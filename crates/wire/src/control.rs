@@ -43,6 +43,19 @@ pub const ANYBODY: u32 = u32::MAX;
 /// programs of a guest that speak plain `AF_VSOCK`.
 pub const ANY_PORT: u32 = u32::MAX;
 
+/// In `Welcome.features`: the program is in a guest. Every lane is carried by the switch, and the memory for both
+/// directions comes with `incoming` and `connected`.
+pub const FEATURE_GUEST: u32 = 1;
+
+/// Ports of the host on which the switch itself listens, for the agents of its guests.
+pub const CONTROL_PORT: u32 = 1;
+/// Only from a privileged port: whoever names pages of a guest's memory may name any.
+pub const SEATS_PORT: u32 = 2;
+/// The same: four bytes say whose bell it is.
+pub const BELL_PORT: u32 = 3;
+/// The last port that only root of a guest may use.
+pub const PRIVILEGED_PORT_MAX: u32 = 1023;
+
 /// A numbered list whose discriminant is the wire value.
 macro_rules! list {
     ($(#[$doc:meta])* $name:ident: $repr:ident { $($(#[$vdoc:meta])* $variant:ident = $value:literal $text:literal),+ $(,)? }) => {
@@ -200,6 +213,29 @@ impl<'a> Field<'a> for &'a str {
     fn from_value(value: Value<'a>) -> Option<Self> {
         match value {
             Value::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+}
+
+impl<'a> Field<'a> for &'a [u8] {
+    fn read(reader: &mut Reader<'a>, name: &'static str) -> Result<Self, DecodeError> {
+        let len = usize::from(reader.u16(name)?);
+        reader.take(name, len)
+    }
+    fn write(self, writer: &mut Writer<'_>, name: &'static str) -> Result<(), EncodeError> {
+        let Ok(len) = u16::try_from(self.len()) else {
+            return Err(EncodeError { field: name, reason: "the bytes are too many" });
+        };
+        writer.bytes(name, &len.to_le_bytes())?;
+        writer.bytes(name, self)
+    }
+    fn value(&'a self) -> Value<'a> {
+        Value::Bytes(self)
+    }
+    fn from_value(value: Value<'a>) -> Option<Self> {
+        match value {
+            Value::Bytes(bytes) => Some(bytes),
             _ => None,
         }
     }
@@ -427,6 +463,25 @@ messages! {
     }
     /// broker -> switch: the domain was removed; its device ends. Answered by `done`.
     GuestGone = 33 "guest-gone" { cid: u32 }
+    /// agent -> switch, over the guest's socket device: a seat, memory of the guest for the two lanes of one
+    /// connection. Its pages come in as many `pages` as it takes to name `runs`; then it is answered by `done`.
+    Seat = 35 "seat" {
+        /// Chosen by the agent; not used in this guest.
+        seat: u32,
+        small: u32,
+        large: u32,
+        runs: u32,
+    }
+    /// agent -> switch: pages of the seat that was named last, in the order of its layout: (guest-physical address u64,
+    /// bytes u32) for each run of them.
+    Pages = 36 "pages" { runs: &'a [u8] }
+    /// agent -> switch: nobody uses the seat any more. Answered by `done` once the switch touches none of its pages.
+    SeatGone = 37 "seat-gone" { seat: u32 }
+    /// switch -> agent: the connection in this seat is over, and the switch touches none of its pages.
+    SeatFree = 39 "seat-free" { seat: u32 }
+    /// agent -> switch, on a program's control connection: the seat of the `connect` or `accept` that follows.
+    /// Not answered.
+    UseSeat = 38 "use-seat" { seat: u32 }
     /// switch -> broker: what became of a guest's device. Not answered.
     GuestState = 34 "guest-state" {
         cid: u32,
@@ -524,6 +579,7 @@ mod tests {
                         "refusal" => Value::Text("backlog-full"),
                         "state" => Value::Text("running"),
                         "ticket" => Value::Bytes(&[7; TICKET]),
+                        "runs" if *name == "pages" => Value::Bytes(&[7; 12]),
                         _ => Value::Number(n),
                     })
                 })

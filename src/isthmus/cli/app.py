@@ -15,6 +15,7 @@ from .output import EXIT_FAILED, Problem
 COMMANDS: dict[str, tuple[str, str]] = {
     "broker": ("isthmus.cli.broker:broker", "Run the broker of this node in the foreground."),
     "switch": ("isthmus.cli.switch:switch", "Run the switch for guests; the broker starts it."),
+    "agent": ("isthmus.cli.agent:agent", "Run the agent of a guest."),
     "vm": ("isthmus.cli.vm:vm", "Small guests, and how to attach your own."),
     "domain": ("isthmus.cli.domain:domain", "Add, list and remove domains."),
     "status": ("isthmus.cli.status:status", "Show domains, connections and their paths."),

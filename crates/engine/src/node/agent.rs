@@ -12,6 +12,7 @@ use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 use super::{Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
 use crate::connection::{Info, key};
 use crate::error::{Error, Result};
+use crate::listener::Acceptor;
 use crate::lock;
 
 /// First and longest pause between attempts to reach a broker that went away.
@@ -147,18 +148,40 @@ impl Node {
             large: terms.large,
             theirs: (small, large),
         };
+        if lock(&self.identity).guest {
+            return self.incoming_in_guest(&*acceptor, info, descriptors, secret);
+        }
         let shape = (carrier, terms.small, terms.large);
         let offer = self.spare.take(shape).map_err(|_| Refusal::LimitReached)?;
         // Answered first: the opener goes on while this side maps what it got, and if it cannot, the
         // opener hears that the other side is gone.
         let accept = Message::Accept { connection, small: terms.small, large: terms.large };
         if self.tell(0, &accept, &offer.descriptors()).is_ok() {
-            match self.join(&offer, info, descriptors, (small, large), secret) {
+            match self.join(Some(&offer), info, descriptors, (small, large), secret) {
                 Ok(joined) => acceptor.incoming(joined),
                 Err(_) => drop(self.tell(0, &Message::Close { connection }, &[])),
             }
         }
         self.spare.prepare(shape);
+        Ok(())
+    }
+
+    /// As above, where the agent of the guest brings the memory of both directions.
+    fn incoming_in_guest(
+        self: &Arc<Self>,
+        acceptor: &dyn Acceptor,
+        mut info: Info,
+        descriptors: Vec<OwnedFd>,
+        secret: u64,
+    ) -> std::result::Result<(), Refusal> {
+        let (connection, theirs) = (info.id, info.theirs);
+        (info.small, info.large) = theirs;
+        // The memory first: until the switch is told, nobody writes there.
+        let joined = self.join(None, info, descriptors, theirs, secret).map_err(|_| Refusal::LimitReached)?;
+        let accept = Message::Accept { connection, small: theirs.0, large: theirs.1 };
+        if self.tell(0, &accept, &[]).is_ok() {
+            acceptor.incoming(joined);
+        }
         Ok(())
     }
 
@@ -238,7 +261,8 @@ impl Node {
                 ticket,
             };
             shown.connections.push(connection.info.key());
-            let answer = self.exchange(control, &resume, &[connection.counters_fd()])?;
+            let page: Vec<_> = connection.counters_fd().into_iter().collect();
+            let answer = self.exchange(control, &resume, &page)?;
             if let Message::Refused { text, .. } = decode_any(&answer)? {
                 lock(&self.connections).remove(&connection.info.key());
                 connection.cut(text);

@@ -1,0 +1,514 @@
+//! Agents of guests: programs that want lanes in their own memory, and the seats those lie in.
+//!
+//! A program in a guest speaks to the broker through its guest's agent and through us, with the messages that every
+//! program uses. What cannot pass is descriptors; so the agent names a *seat* where a program would bring a lane
+//! ([`crate::seat`]), and we bring the lane to the broker.
+
+use std::os::fd::OwnedFd;
+
+use isthmus_engine::lane::{Offer, record_kind};
+use isthmus_wire::control::{
+    self, ANY_PORT, Carrier, FEATURE_GUEST, MESSAGE_MAX, Message, Refusal, SocketKind,
+};
+use isthmus_wire::vsock::{SEQ_EOM, SEQPACKET};
+
+use crate::attachment::Asked;
+use crate::bridge::Bell;
+use crate::flow::{ACCEPTER, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, State};
+use crate::home::socket_kind;
+use crate::seat::{Begun, RUNS_MAX, SEATS_MAX};
+use crate::switch::{Place, Switch};
+use crate::vring::Cursor;
+
+/// Bytes of a lane that are moved before others get their turn.
+const RELAY_BYTES: usize = 1 << 20;
+
+impl Switch {
+    /// Bytes from a guest for the switch itself; `end`: a message ends with them.
+    pub(crate) fn handle_service(&mut self, id: FlowId, side: usize, payload: &mut Cursor<'_>, end: bool) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let cid = flow.key_of(side).cid;
+        let message = flow.key_of(side).kind == SEQPACKET;
+        let Side::Service(service) = &mut flow.sides[1 - side] else { return };
+        let len = payload.left();
+        let at = service.begun.len();
+        if at + len > MESSAGE_MAX && message {
+            return self.end_flow(id, None);
+        }
+        service.begun.resize(at + len, 0);
+        if let Some(room) = service.begun.get_mut(at..) {
+            payload.read(room);
+        }
+        let kind = service.kind;
+        let packet = if message && !end { None } else { Some(std::mem::take(&mut service.begun)) };
+        if let Some(socket) = flow.socket(side) {
+            socket.taken = socket.taken.wrapping_add(len as u32);
+            if socket.taken.wrapping_sub(socket.told) > socket.buf_alloc / 4 {
+                socket.out.credit = true;
+                self.queue(id, side);
+            }
+        }
+        let Some(packet) = packet else { return };
+        let good = match kind {
+            ServiceKind::Control(attachment) => self.pass_to_broker(attachment, id, &packet),
+            ServiceKind::Seats => self.handle_seats(cid, id, &packet),
+            ServiceKind::Bell(seat) => self.handle_bell(cid, id, seat, packet),
+        };
+        if good.is_none() {
+            self.end_flow(id, None);
+        }
+    }
+
+    /// A message from the switch to an agent.
+    fn answer_agent(&mut self, id: FlowId, request: u32, message: &Message<'_>) {
+        let mut packet = [0; MESSAGE_MAX];
+        if let Ok(len) = control::encode(request, message, &mut packet) {
+            self.send_to_agent(id, &packet[..len]);
+        }
+    }
+
+    fn send_to_agent(&mut self, id: FlowId, packet: &[u8]) {
+        let Some(flow) = self.flows.get_mut(&id).filter(|flow| !flow.ended) else { return };
+        let Some(socket) = flow.socket(OPENER) else { return };
+        socket.out.data.extend(packet);
+        socket.out.marks.push_back((packet.len(), SEQ_EOM));
+        self.queue(id, OPENER);
+    }
+
+    // ---- a program's messages
+
+    /// From a program to the broker. `None`: it is no program.
+    fn pass_to_broker(&mut self, id: u64, agent: FlowId, packet: &[u8]) -> Option<()> {
+        let (request, message) = control::decode(packet).ok()?;
+        let cid = self.attachments.get(&id)?.cid;
+        match message {
+            Message::UseSeat { seat } => self.attachments.get_mut(&id)?.seat = Some(seat),
+            Message::Connect { .. } => {
+                let seat = self.attachments.get_mut(&id)?.seat.take();
+                if self.program_connects(id, request, &message, seat).is_none() {
+                    let text = "connect: a seat of this guest's that nobody uses";
+                    self.answer_agent(
+                        agent,
+                        request,
+                        &Message::Refused { refusal: Refusal::BadRequest, rule: 0, text },
+                    );
+                }
+            }
+            Message::Accept { connection, .. } => {
+                let seat = self.attachments.get_mut(&id)?.seat.take();
+                let flow = self.flow_of(cid, connection)?;
+                if self.program_accepts(flow, seat).is_none() {
+                    self.end_flow(flow, None);
+                }
+            }
+            Message::Refuse { connection, refusal } => {
+                let flow = self.flow_of(cid, connection)?;
+                self.refuse(flow, refusal);
+                self.end_flow(flow, None);
+            }
+            Message::Close { connection } => {
+                let attachment = self.attachments.get_mut(&id)?;
+                attachment.tell(&message, &[]);
+                let flow = self.flow_of(cid, connection)?;
+                self.program_closes(flow, id);
+            }
+            Message::Resume { connection, .. } => {
+                let page =
+                    self.flow_of(cid, connection).and_then(|flow| self.take_up(flow, cid, connection, id));
+                let attachment = self.attachments.get_mut(&id)?;
+                let descriptors: Vec<_> = page.iter().map(std::os::fd::AsFd::as_fd).collect();
+                attachment.pass(request, &message, &descriptors);
+            }
+            Message::Bind { port: ANY_PORT, .. } => {
+                let text = "bind: only the switch stands for all ports of a guest";
+                let refused = Message::Refused { refusal: Refusal::BadRequest, rule: 0, text };
+                self.answer_agent(agent, request, &refused);
+            }
+            _ => self.attachments.get_mut(&id)?.pass(request, &message, &[]),
+        }
+        self.watch_blocked(id);
+        Some(())
+    }
+
+    /// From the broker to a program. `None`: it is no broker.
+    pub(crate) fn pass_to_program(
+        &mut self,
+        id: u64,
+        agent: FlowId,
+        packet: &[u8],
+        descriptors: Vec<OwnedFd>,
+    ) -> Option<()> {
+        let (request, message) = control::decode(packet).ok()?;
+        let attachment = self.attachments.get_mut(&id)?;
+        let (asked, cid) = (attachment.answered(request), attachment.cid);
+        match message {
+            Message::Welcome { features, domain, domain_name, node, ring_max, epoch } => {
+                let features = features | FEATURE_GUEST;
+                let welcome = Message::Welcome { features, domain, domain_name, node, ring_max, epoch };
+                self.answer_agent(agent, request, &welcome);
+                return Some(());
+            }
+            Message::Incoming { connection, from, from_port, port, kind, .. } => {
+                let kind = if kind == SocketKind::Stream { isthmus_wire::vsock::STREAM } else { SEQPACKET };
+                let key = Key { cid: from, port: from_port, peer: cid, peer_port: port, kind };
+                if self.accept_flow(id, key, Side::Unknown, &message, descriptors).is_none() {
+                    let refusal = Refusal::LimitReached;
+                    self.tell(id, &Message::Refuse { connection, refusal }, &[]);
+                    return Some(());
+                }
+            }
+            Message::Connected { .. } => {
+                if let Some(Asked::Connect(flow)) = asked {
+                    if !self.program_connected(id, flow, &message, descriptors) {
+                        let text = "connect: its seat is gone";
+                        let refused = Message::Refused { refusal: Refusal::PeerGone, rule: 0, text };
+                        self.answer_agent(agent, request, &refused);
+                        return Some(());
+                    }
+                }
+            }
+            Message::Cut { connection, .. } => self.cut(cid, connection),
+            _ => {
+                if let Some(Asked::Connect(flow)) = asked {
+                    self.end_flow(flow, None);
+                }
+            }
+        }
+        self.send_to_agent(agent, packet);
+        Some(())
+    }
+
+    fn program_connects(
+        &mut self,
+        id: u64,
+        request: u32,
+        message: &Message<'_>,
+        seat: Option<u32>,
+    ) -> Option<()> {
+        let Message::Connect { to, to_port, from_port, kind, require, carrier, .. } = *message else {
+            return None;
+        };
+        let seat = seat?;
+        let cid = self.attachments.get(&id)?.cid;
+        let guest = self.guests.get_mut(&cid)?;
+        let place =
+            guest.seats.get_mut(&seat).filter(|place| place.flow.is_none() && place.bell.is_some())?;
+        let (small, large) = (place.seat.small, place.seat.large);
+        let offer = Offer::new(Carrier::Switch, small, large).ok()?;
+        self.last_flow += 1;
+        let flow_id = self.last_flow;
+        place.flow = Some((flow_id, OPENER));
+        guest.flows.insert(flow_id);
+        let wire = if kind == SocketKind::Stream { isthmus_wire::vsock::STREAM } else { SEQPACKET };
+        let key = Key { cid, port: from_port, peer: 0, peer_port: to_port, kind: wire };
+        let mut flow = Flow::new(key, State::Asking, [Side::Unknown, Side::Unknown]);
+        flow.seats[OPENER] = Some(seat);
+        let connect = Message::Connect { to, to_port, from_port, kind, carrier, require, small, large };
+        let attachment = self.attachments.get_mut(&id)?;
+        attachment.pass_asked(Asked::Connect(flow_id), request, &connect, &offer.descriptors());
+        flow.held[OPENER] = Some(Held::new(id, offer));
+        self.flows.insert(flow_id, flow);
+        Some(())
+    }
+
+    fn program_connected(
+        &mut self,
+        id: u64,
+        flow_id: FlowId,
+        message: &Message<'_>,
+        descriptors: Vec<OwnedFd>,
+    ) -> bool {
+        let Message::Connected { secret, to, from_port, .. } = *message else { return false };
+        if let Some(flow) = self.flows.get_mut(&flow_id) {
+            (flow.keys[OPENER].peer, flow.keys[OPENER].port) = (to, from_port);
+            flow.keys[ACCEPTER] = flow.keys[OPENER].other();
+            let kind = flow.keys[OPENER].kind;
+            let ends = flow.seats[OPENER].and_then(|seat| self.ends_of(flow_id, OPENER, seat, secret, kind));
+            if let Some(ends) = ends {
+                self.seat_lane(flow_id, OPENER, ends, Bell::Guest(std::cell::Cell::new(false)));
+            }
+        }
+        self.connected(id, flow_id, message, descriptors)
+    }
+
+    fn program_accepts(&mut self, flow_id: FlowId, seat: Option<u32>) -> Option<()> {
+        let flow = self.flows.get_mut(&flow_id)?;
+        let (key, secret) = (flow.keys[ACCEPTER], flow.secret);
+        let seat = seat?;
+        let place = self.guests.get_mut(&key.cid)?.seats.get_mut(&seat)?;
+        if place.flow.is_some() || place.bell.is_none() {
+            return None;
+        }
+        place.flow = Some((flow_id, ACCEPTER));
+        flow.seats[ACCEPTER] = Some(seat);
+        let ends = self.ends_of(flow_id, ACCEPTER, seat, secret, key.kind)?;
+        self.seat_lane(flow_id, ACCEPTER, ends, Bell::Guest(std::cell::Cell::new(false)));
+        self.accepted(flow_id);
+        Some(())
+    }
+
+    fn ends_of(
+        &self,
+        flow: FlowId,
+        side: usize,
+        seat: u32,
+        secret: u64,
+        kind: u16,
+    ) -> Option<isthmus_engine::lane::Ends> {
+        let cid = self.flows.get(&flow)?.key_of(side).cid;
+        let place = self.guests.get(&cid)?.seats.get(&seat)?;
+        Some(place.seat.ends(secret, record_kind(socket_kind(kind))))
+    }
+
+    /// A program is done with its side: what it sent is delivered, and the broker knows already.
+    fn program_closes(&mut self, id: FlowId, attachment: u64) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        for side in [OPENER, ACCEPTER] {
+            let ours = flow.held[side].as_ref().is_some_and(|held| held.attachment == attachment);
+            if ours {
+                flow.held[side] = None;
+                if let Some(bridge) = flow.bridge(side) {
+                    bridge.lose();
+                }
+                break;
+            }
+        }
+        self.look_at_lane(id, OPENER);
+        self.look_at_lane(id, ACCEPTER);
+        self.relay(id);
+    }
+
+    /// A program shows a new broker the connection that it holds: from now on it is this attachment's. Returns the
+    /// page with its totals.
+    fn take_up(&mut self, flow: FlowId, cid: u32, connection: u64, attachment: u64) -> Option<OwnedFd> {
+        let flow = self.flows.get_mut(&flow)?;
+        let keys = flow.keys;
+        let (held, _) = flow.held.iter_mut().zip(keys).find(|(held, key)| {
+            key.cid == cid && held.as_ref().is_some_and(|held| held.connection == connection)
+        })?;
+        let held = held.as_mut()?;
+        held.attachment = attachment;
+        held.offer().counters_descriptor().ok()
+    }
+
+    // ---- seats
+
+    /// From an agent, about its guest's memory. `None`: it does not keep to the protocol.
+    fn handle_seats(&mut self, cid: u32, id: FlowId, packet: &[u8]) -> Option<()> {
+        let (request, message) = control::decode(packet).ok()?;
+        let guest = self.guests.get_mut(&cid)?;
+        match message {
+            Message::Seat { seat, small, large, runs } => {
+                let begun = Begun::new(seat, request, small, large, runs);
+                let used: usize = guest.seats.values().map(|place| place.seat.runs()).sum();
+                let fits = guest.seats.len() < SEATS_MAX && used + runs as usize <= RUNS_MAX;
+                match begun.filter(|_| fits && !guest.seats.contains_key(&seat)) {
+                    Some(begun) => guest.begun = Some((id, begun)),
+                    None => self.refuse_seat(id, request, "too many, too large, or there already"),
+                }
+            }
+            Message::Pages { runs } => {
+                let (from, mut begun) = guest.begun.take()?;
+                match begun.name(runs).filter(|_| from == id) {
+                    None => self.refuse_seat(id, begun.request, "pages that are not named as they must be"),
+                    Some(false) => guest.begun = Some((id, begun)),
+                    Some(true) => {
+                        let memory = guest.device.as_ref().and_then(|device| device.memory()).cloned()?;
+                        let (number, request) = (begun.seat, begun.request);
+                        match begun.finish(&memory) {
+                            Ok(seat) => {
+                                guest.seats.insert(number, Place { seat, agent: id, flow: None, bell: None });
+                                self.answer_agent(id, request, &Message::Done {});
+                            }
+                            Err(text) => self.refuse_seat(id, request, text),
+                        }
+                    }
+                }
+            }
+            Message::SeatGone { seat } => {
+                self.leave_seat(cid, seat);
+                self.answer_agent(id, request, &Message::Done {});
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn refuse_seat(&mut self, id: FlowId, request: u32, text: &str) {
+        let text = format!("seat: {text}");
+        self.answer_agent(
+            id,
+            request,
+            &Message::Refused { refusal: Refusal::BadRequest, rule: 0, text: &text },
+        );
+    }
+
+    /// The connection in this seat is over: its agent may give it to another one.
+    pub(crate) fn free_seat(&mut self, cid: u32, seat: u32, sat: (FlowId, usize)) {
+        let place = self.guests.get_mut(&cid).and_then(|guest| guest.seats.get_mut(&seat));
+        let Some(place) = place.filter(|place| place.flow == Some(sat)) else { return };
+        place.flow = None;
+        let (agent, bell) = (place.agent, place.bell.take());
+        if let Some(bell) = bell {
+            self.end_flow(bell, None);
+        }
+        self.answer_agent(agent, 0, &Message::SeatFree { seat });
+    }
+
+    /// Touch nothing of this seat any more. Whoever sat there is gone, for its peer.
+    pub(crate) fn leave_seat(&mut self, cid: u32, seat: u32) {
+        let Some(place) = self.guests.get_mut(&cid).and_then(|guest| guest.seats.remove(&seat)) else {
+            return;
+        };
+        if let Some((flow, side)) = place.flow {
+            // What it had sent and the other side can take is delivered first.
+            self.relay(flow);
+            if let Some(flow) = self.flows.get_mut(&flow) {
+                flow.seats[side] = None;
+            }
+            self.end_flow(flow, None);
+        }
+        if let Some(bell) = place.bell {
+            self.end_flow(bell, None);
+        }
+    }
+
+    /// Seats whose memory is not there any more.
+    pub(crate) fn check_seats(&mut self) {
+        let mut lost = Vec::new();
+        for (cid, guest) in &self.guests {
+            let Some(memory) = guest.device.as_ref().and_then(|device| device.memory()) else { continue };
+            lost.extend(
+                guest.seats.iter().filter(|(_, p)| !p.seat.whole(memory)).map(|(seat, _)| (*cid, *seat)),
+            );
+        }
+        for (cid, seat) in lost {
+            self.leave_seat(cid, seat);
+        }
+    }
+
+    // ---- bells
+
+    /// A bell of a guest's rang, or says whose it is.
+    fn handle_bell(&mut self, cid: u32, id: FlowId, seat: Option<u32>, bytes: Vec<u8>) -> Option<()> {
+        let Some(seat) = seat else {
+            let number = u32::from_le_bytes(bytes.get(..4)?.try_into().ok()?);
+            let place = self.guests.get_mut(&cid)?.seats.get_mut(&number)?;
+            if place.bell.is_some() {
+                return None;
+            }
+            place.bell = Some(id);
+            let flow = self.flows.get_mut(&id)?;
+            flow.sides[ACCEPTER] =
+                Side::Service(Service { kind: ServiceKind::Bell(Some(number)), begun: Vec::new() });
+            // The agent waits for this before it lets a program use the seat.
+            let socket = flow.socket(OPENER)?;
+            socket.out.data.push_back(1);
+            self.queue(id, OPENER);
+            return Some(());
+        };
+        let place = self.guests.get(&cid)?.seats.get(&seat)?;
+        if let Some((flow, side)) = place.flow {
+            self.look_at_lane(flow, side);
+            self.relay(flow);
+        }
+        Some(())
+    }
+
+    /// All lanes of a guest may have news: it has kicked without a packet.
+    pub(crate) fn look_at_seats(&mut self, cid: u32) {
+        let Some(guest) = self.guests.get(&cid) else { return };
+        let flows: Vec<_> = guest.seats.values().filter_map(|place| place.flow).collect();
+        for (flow, side) in flows {
+            self.look_at_lane(flow, side);
+            self.relay(flow);
+        }
+    }
+
+    /// Wake the program in a guest on this side, if its lane says so.
+    pub(crate) fn ring_guest(&mut self, id: FlowId, side: usize) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if !flow.bridge(side).is_some_and(|bridge| bridge.must_ring()) {
+            return;
+        }
+        let (cid, seat) = (flow.key_of(side).cid, flow.seats[side]);
+        let bell = seat.and_then(|seat| self.guests.get(&cid)?.seats.get(&seat)?.bell);
+        let Some(bell) = bell else { return };
+        if let Some(socket) = self.flows.get_mut(&bell).and_then(|flow| flow.socket(OPENER)) {
+            // One byte is enough until it is heard.
+            if socket.out.data.is_empty() {
+                socket.out.data.push_back(1);
+            }
+            self.queue(bell, OPENER);
+        }
+    }
+
+    // ---- from lane to lane
+
+    /// Move what the lanes of a connection between two programs have.
+    pub(crate) fn relay(&mut self, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let [Side::Lane(a), Side::Lane(b)] = &mut flow.sides else {
+            self.ring_guest(id, OPENER);
+            return self.ring_guest(id, ACCEPTER);
+        };
+        let more = a.relay(b, RELAY_BYTES) | b.relay(a, RELAY_BYTES);
+        a.pass_stop(b);
+        b.pass_stop(a);
+        // A side that is gone has nothing more to give or take.
+        let over = a.gone() && !a.has_more() || b.gone() && !b.has_more();
+        self.ring_guest(id, OPENER);
+        self.ring_guest(id, ACCEPTER);
+        if over {
+            return self.end_flow(id, None);
+        }
+        if more {
+            if let Some(flow) = self.flows.get_mut(&id) {
+                if !std::mem::replace(&mut flow.busy, true) {
+                    self.busy.push_back(id);
+                }
+            }
+        }
+    }
+
+    /// The agent's connection for a service is gone.
+    pub(crate) fn end_service(&mut self, cid: u32, id: FlowId, kind: ServiceKind, _side: usize) {
+        match kind {
+            ServiceKind::Control(attachment) => {
+                if let Some(attachment) = self.attachments.remove(&attachment) {
+                    if let Some(socket) = &attachment.socket {
+                        let _ = self.set.remove(std::os::fd::AsFd::as_fd(socket));
+                    }
+                }
+            }
+            ServiceKind::Seats => {
+                let Some(guest) = self.guests.get_mut(&cid) else { return };
+                guest.begun.take_if(|(agent, _)| *agent == id);
+                let seats: Vec<u32> = guest
+                    .seats
+                    .iter()
+                    .filter(|(_, place)| place.agent == id)
+                    .map(|(seat, _)| *seat)
+                    .collect();
+                for seat in seats {
+                    self.leave_seat(cid, seat);
+                }
+            }
+            ServiceKind::Bell(Some(seat)) => {
+                let place = self.guests.get_mut(&cid).and_then(|guest| guest.seats.get_mut(&seat));
+                if let Some(place) = place.filter(|place| place.bell == Some(id)) {
+                    place.bell = None;
+                    // The program has closed, or is gone: its side says no more.
+                    if let Some((flow, side)) = place.flow {
+                        if let Some(bridge) = self.flows.get_mut(&flow).and_then(|flow| flow.bridge(side)) {
+                            bridge.lose();
+                        }
+                        self.look_at_lane(flow, side);
+                        self.relay(flow);
+                    }
+                }
+            }
+            ServiceKind::Bell(None) => {}
+        }
+    }
+}
