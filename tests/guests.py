@@ -53,6 +53,8 @@ class Program:
     def line(self, timeout: float = LIMIT_S) -> str:
         """The next line of its output. Fails if it ends instead."""
         kind, text = self._machine.news(self.number, timeout)
+        if kind == "line" and str(text).startswith("Traceback"):
+            kind, text = "exit", self.code(timeout)
         assert kind == "line", f"program {self.number} ended with {text}:\n{self._machine.text(self.number)}"
         return str(text)
 
@@ -149,11 +151,13 @@ class Node:
         guests: tuple[str, ...] = ("a", "b"),
         containers: tuple[str, ...] = (),
         policy: str | None = None,
+        agents: bool = False,
         **options: Any,
     ) -> None:
         self.monitor = monitor
         self.broker = PrivateBroker(containers, policy)
         self._names = guests
+        self._agents = agents
         self._options = options
         self._domains: dict[str, dict[str, Any]] = {}
         self._machines: dict[str, Machine] = {}
@@ -169,8 +173,10 @@ class Node:
             self.await_devices("waiting")
             for name in self._names:
                 self.boot(name)
-            for machine in self._machines.values():
+            for name, machine in self._machines.items():
                 machine.guest.wait_ready()
+                if self._agents:
+                    self.start_agent(name)
         except BaseException:
             self._stack.close()
             raise
@@ -183,6 +189,12 @@ class Node:
         self._stack.callback(machine.stop)
         self._machines[name] = machine
         return machine
+
+    def start_agent(self, name: str) -> Program:
+        """The agent of a guest, serving."""
+        agent = self._machines[name].run([sys.executable, "-m", "isthmus", "agent", "--ready"])
+        assert agent.line() == "ready"
+        return agent
 
     def await_devices(self, state: str) -> None:
         until = time.monotonic() + LIMIT_S
@@ -214,6 +226,10 @@ class Node:
         if domain not in self._nodes:
             self._nodes[domain] = isthmus.attach(self.broker.door(domain))
         return self._nodes[domain]
+
+    def connections(self, domain: str) -> int:
+        """How many connections a domain holds now."""
+        return int(self.broker.ask("status", domain=domain)["domain"]["holds"]["connections"][0])
 
     def traffic(self, domain: str) -> dict[str, int]:
         """What went over the switch for a domain."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import struct
@@ -45,10 +46,16 @@ ANSWER_S = 10.0
 RUNS = 250
 #: Between attempts to reach a switch or broker that is gone.
 RETRY_S = 0.2
+#: Source ports of the agent are above this.
+PRIVILEGED_PORT_MIN = 100
 #: The largest ring a program gets; it is pinned memory of the guest.
 RING_MAX = 16 << 20
 
 _INT = array("i").itemsize
+
+
+#: One after the other, so that what is still said about an old connection meets no new one.
+_ports = itertools.cycle(range(PRIVILEGED_PORT_MAX, PRIVILEGED_PORT_MIN, -1))
 
 
 class AgentError(Exception):
@@ -66,9 +73,9 @@ def vsock_connect(port: int, kind: int, *, privileged: bool = False) -> socket.s
     sock = socket.socket(socket.AF_VSOCK, kind)
     try:
         if privileged:
-            for source in range(PRIVILEGED_PORT_MAX, 100, -1):
+            for _ in range(PRIVILEGED_PORT_MAX - PRIVILEGED_PORT_MIN):
                 try:
-                    sock.bind((socket.VMADDR_CID_ANY, source))
+                    sock.bind((socket.VMADDR_CID_ANY, next(_ports)))
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE:
                         raise
@@ -213,6 +220,8 @@ class Program:
         self._held: dict[int, Seat] = {}
         self._spare: list[Seat] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Two packets that belong together are sent together.
+        self._turn = asyncio.Lock()
         self.closed = False
 
     async def run(self) -> None:
@@ -252,13 +261,17 @@ class Program:
                 await self._send(None, packet)
 
     def _start(self, work: Any) -> None:
-        task = self._loop.create_task(work)
+        async def quietly() -> None:
+            with contextlib.suppress(OSError):  # The switch or the program is gone, and everybody is told.
+                await work
+
+        task = self._loop.create_task(quietly())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _send(self, before: tuple[str, dict[str, Any]] | None, packet: bytes) -> None:
         assert self._control is not None
-        async with self._agent.turn:
+        async with self._turn:
             if before is not None:
                 await self._loop.sock_sendall(self._control, control_encode(before[0], 0, **before[1]))
             await self._loop.sock_sendall(self._control, packet)
@@ -359,7 +372,6 @@ class Agent:
 
     def __init__(self, door: Path = DOOR) -> None:
         self.door = door
-        self.turn = asyncio.Lock()
         self._programs: set[asyncio.Task[None]] = set()
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:

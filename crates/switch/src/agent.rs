@@ -96,21 +96,25 @@ impl Switch {
             }
             Message::Accept { connection, .. } => {
                 let seat = self.attachments.get_mut(&id)?.seat.take();
-                let flow = self.flow_of(cid, connection)?;
-                if self.program_accepts(flow, seat).is_none() {
-                    self.end_flow(flow, None);
+                // Unknown: its opener has given up meanwhile.
+                if let Some(flow) = self.flow_of(cid, connection) {
+                    if self.program_accepts(flow, seat).is_none() {
+                        self.end_flow(flow, None);
+                    }
                 }
             }
             Message::Refuse { connection, refusal } => {
-                let flow = self.flow_of(cid, connection)?;
-                self.refuse(flow, refusal);
-                self.end_flow(flow, None);
+                if let Some(flow) = self.flow_of(cid, connection) {
+                    self.refuse(flow, refusal);
+                    self.end_flow(flow, None);
+                }
             }
             Message::Close { connection } => {
                 let attachment = self.attachments.get_mut(&id)?;
                 attachment.tell(&message, &[]);
-                let flow = self.flow_of(cid, connection)?;
-                self.program_closes(flow, id);
+                if let Some(flow) = self.flow_of(cid, connection) {
+                    self.program_closes(flow, id);
+                }
             }
             Message::Resume { connection, .. } => {
                 let page =
@@ -472,7 +476,7 @@ impl Switch {
     }
 
     /// The agent's connection for a service is gone.
-    pub(crate) fn end_service(&mut self, cid: u32, id: FlowId, kind: ServiceKind, _side: usize) {
+    pub(crate) fn end_service(&mut self, cid: u32, id: FlowId, kind: ServiceKind) {
         match kind {
             ServiceKind::Control(attachment) => {
                 if let Some(attachment) = self.attachments.remove(&attachment) {

@@ -340,10 +340,10 @@ impl Bridge {
         }
     }
 
-    /// Both directions end. What the lane has is delivered.
+    /// Both directions end. What the lane has is delivered; behind it comes the end if the other side had finished,
+    /// and otherwise a reset, because the bell ends before the lane does.
     pub fn close(&mut self, reset: bool) {
         self.stop(reset);
-        self.finish_now();
         if let Bell::Socket(socket) = &self.bell {
             packet::shut(socket.as_fd());
         }

@@ -545,9 +545,9 @@ impl Switch {
                     self.forget_side(id, side);
                 }
                 Side::Service(service) => {
-                    let kind = service.kind;
+                    let (kind, guest) = (service.kind, flow.key_of(1 - side).cid);
                     self.forget_side(id, side);
-                    self.end_service(cid, id, kind, 1 - side);
+                    self.end_service(guest, id, kind);
                 }
                 Side::Waiting(_) | Side::Unknown => self.forget_side(id, side),
             }

@@ -69,6 +69,15 @@ impl Switch {
             (None, RST) => {}
             (None, REQUEST) if matches!(header.kind, STREAM | SEQPACKET) => self.open(key, &header),
             (None, _) => self.answer_reset(cid, &header),
+            (Some((id, _)), REQUEST) if matches!(header.kind, STREAM | SEQPACKET) => {
+                // The guest's kernel uses the port again: to it the old connection is over, and needs no reset.
+                self.end_flow(id, Some(cid));
+                if self.keys.contains_key(&key) {
+                    self.answer_reset(cid, &header)
+                } else {
+                    self.open(key, &header)
+                }
+            }
             (Some((id, side)), _) => self.handle_known(id, side, &header, payload),
         }
     }

@@ -1,0 +1,321 @@
+"""Programs in guests with the Isthmus API: the same as in containers, over memory of the guest's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import becomes
+from guests import Machine, Node, Program, needs
+
+MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=needs("qemu"))]
+
+
+@pytest.fixture(params=MONITORS, scope="module")
+def node(request: pytest.FixtureRequest) -> Iterator[Node]:
+    """A broker with the guests a and b, each with its agent, and the container c."""
+    with Node(request.param, guests=("a", "b"), containers=("c",), agents=True) as node:
+        yield node
+
+
+#: Sends back what it gets, reversed, once the other side has finished.
+SERVER = """
+    import isthmus, socket, sys
+    with isthmus.create_server(("", {port}), type=socket.{kind}) as listener:
+        print("listening")
+        while True:
+            sock, (who, _) = listener.accept()
+            with sock:
+                data = bytearray()
+                while part := sock.recv(1 << 20):
+                    data += part
+                sock.sendall(bytes(reversed(data)))
+                print(who, sock.path, len(data))
+"""
+CLIENT = """
+    import isthmus, os, socket
+    data = os.urandom({size})
+    with isthmus.create_connection(("{to}", {port}), 30) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        back = bytearray()
+        while part := sock.recv(1 << 20):
+            back += part
+        assert bytes(back) == bytes(reversed(data)), (len(back), len(data))
+        print(sock.path, sock.why)
+"""
+
+
+def serve(machine: Machine, port: int, kind: str = "SOCK_STREAM") -> Program:
+    server = machine.python(SERVER.format(port=port, kind=kind))
+    assert server.line() == "listening"
+    return server
+
+
+@pytest.mark.parametrize("size", [0, 1, 5_000_000])
+def test_between_programs_of_two_guests(node: Node, size: int) -> None:
+    server = serve(node["b"], 9100 + size % 7)
+    client = node["a"].python(CLIENT.format(to="b", port=9100 + size % 7, size=size))
+    assert client.line().startswith("switch a guest is involved")
+    assert server.line() == f"a switch {size}"
+    server.kill()
+
+
+def test_a_program_of_a_guest_reaches_a_container(node: Node) -> None:
+    with node.listen("c", 7100) as listener:
+        client = node["a"].python(CLIENT.format(to="c", port=7100, size=3_000_000))
+        sock, (who, _) = listener.accept()
+        with sock:
+            assert (who, sock.path) == ("a", "switch")
+            data = bytearray()
+            while part := sock.recv(1 << 20):
+                data += part
+            sock.sendall(bytes(reversed(data)))
+        assert client.line().startswith("switch")
+
+
+def test_a_container_reaches_a_program_of_a_guest(node: Node) -> None:
+    server = serve(node["b"], 9110)
+    data = os.urandom(3_000_000)
+    with node.connect("c", "b", 9110) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        back = bytearray()
+        while part := sock.recv(1 << 20):
+            back += part
+    assert bytes(back) == bytes(reversed(data))
+    assert server.line() == f"c switch {len(data)}"
+    server.kill()
+
+
+def test_plain_sockets_and_isthmus_reach_each_other_between_guests(node: Node) -> None:
+    server = serve(node["b"], 9120)
+    client = node["a"].python(f"""
+        import os, socket
+        data = os.urandom(1_000_000)
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+            sock.connect(({node.number("b")}, 9120))
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            back = bytearray()
+            while part := sock.recv(1 << 16):
+                back += part
+        assert bytes(back) == bytes(reversed(data)), len(back)
+        print("good")
+    """)
+    assert client.line() == "good"
+    assert server.line() == "a switch 1000000"
+    server.kill()
+    plain = node["b"].python("""
+        import socket
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
+            listener.bind((socket.VMADDR_CID_ANY, 9121))
+            listener.listen(8)
+            print("listening")
+            sock, _ = listener.accept()
+            with sock:
+                data = bytearray()
+                while part := sock.recv(1 << 16):
+                    data += part
+                sock.sendall(bytes(reversed(data)))
+    """)
+    assert plain.line() == "listening"
+    assert node["a"].python(CLIENT.format(to="b", port=9121, size=1_000_000)).line().startswith("switch")
+
+
+def test_messages_keep_their_borders(node: Node) -> None:
+    server = node["b"].python("""
+        import isthmus, socket
+        with isthmus.create_server(("", 9130), type=socket.SOCK_SEQPACKET) as listener:
+            print("listening")
+            sock, _ = listener.accept()
+            while message := sock.recv(1 << 20):
+                sock.send(message)
+    """)
+    assert server.line() == "listening"
+    client = node["a"].python("""
+        import isthmus, os, socket
+        with isthmus.create_connection(("b", 9130), 30, type=socket.SOCK_SEQPACKET) as sock:
+            for size in (1, 64, 1024, 1025, 65_536, 900_000) * 5:
+                message = os.urandom(size)
+                sock.send(message)
+                assert sock.recv(1 << 20) == message, size
+        print("good")
+    """)
+    assert client.line() == "good"
+
+
+def test_names_status_and_refusals_are_as_in_a_container(node: Node) -> None:
+    program = node["a"].python("""
+        import isthmus
+        with isthmus.attach() as me:
+            print(me.name, me.resolve("b"))
+            try:
+                isthmus.create_connection(("nobody", 1))
+            except isthmus.errors.UnknownDomain as error:
+                print(type(error).__name__)
+            try:
+                isthmus.create_connection(("b", 1))
+            except ConnectionRefusedError as error:
+                print(type(error).__name__)
+            print(me.status()["domain"])
+            try:
+                isthmus.create_connection(("b", 1), require="sealed")
+            except OSError as error:
+                print(type(error).__name__)
+    """)
+    assert program.line() == f"a ({node.number('b')}, 'b')"
+    assert [program.line() for _ in range(4)] == ["UnknownDomain", "NobodyListens", "a", "PathUnavailable"]
+
+
+def test_a_hundred_connections_one_after_the_other(node: Node) -> None:
+    """Seats come back and are given again; what is left over is what one program keeps."""
+    server = serve(node["b"], 9140)
+    client = node["a"].python("""
+        import isthmus, socket
+        for turn in range(100):
+            with isthmus.create_connection(("b", 9140), 30) as sock:
+                sock.sendall(str(turn).encode())
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(100) == str(turn)[::-1].encode()
+        print("good")
+    """)
+    assert client.line(120) == "good"
+    assert client.code() == 0
+    for _ in range(100):
+        server.line()
+    server.kill()
+
+
+def test_many_connections_at_once(node: Node) -> None:
+    server = node["b"].python("""
+        import isthmus, threading
+        def echo(sock):
+            with sock:
+                while data := sock.recv(1 << 16):
+                    sock.sendall(data)
+        with isthmus.create_server(("", 9150), backlog=32) as listener:
+            print("listening")
+            while True:
+                threading.Thread(target=echo, args=listener.accept()[:1], daemon=True).start()
+    """)
+    assert server.line() == "listening"
+    client = node["a"].python("""
+        import isthmus
+        rings = (4096, 65536)
+        socks = [isthmus.create_connection(("b", 9150), 30, rings=rings) for _ in range(6)]
+        for turn in range(20):
+            for number, sock in enumerate(socks):
+                sock.sendall(bytes([number]) * 3000)
+            for number, sock in enumerate(socks):
+                got = b""
+                while len(got) < 3000:
+                    got += sock.recv(3000)
+                assert got == bytes([number]) * 3000
+        print("good")
+    """)
+    assert client.line() == "good"
+    server.kill()
+
+
+def test_a_killed_program_s_peer_is_told(node: Node) -> None:
+    server = serve(node["b"], 9160)
+    client = node["a"].python("""
+        import isthmus, time
+        sock = isthmus.create_connection(("b", 9160), 30)
+        sock.sendall(b"x" * 1000)
+        print("sent")
+        try:
+            sock.recv(1)
+        except ConnectionResetError:
+            print("reset")
+        else:
+            print("end")
+    """)
+    assert client.line() == "sent"
+    server.kill(signal.SIGKILL)
+    assert client.line() in ("reset", "end")
+
+
+def test_what_a_killed_program_had_sent_arrives(node: Node) -> None:
+    with node.listen("c", 7160) as listener:
+        client = node["a"].python("""
+            import isthmus, os, signal
+            sock = isthmus.create_connection(("c", 7160), 30)
+            sock.sendall(b"x" * 200_000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)
+        sock, _ = listener.accept()
+        assert client.code() == -signal.SIGKILL
+        with sock:
+            data = b""
+            while len(data) < 200_000:
+                data += sock.recv(1 << 20)
+            assert data == b"x" * 200_000
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+
+
+def test_a_restarted_broker_cuts_nothing_and_serves_at_once(node: Node) -> None:
+    server = serve(node["b"], 9170)
+    plain = node["b"].python("""
+        import socket
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
+            listener.bind((socket.VMADDR_CID_ANY, 9171))
+            listener.listen(8)
+            print("listening")
+            while True:
+                sock, _ = listener.accept()
+                while data := sock.recv(1 << 16):
+                    sock.sendall(data)
+    """)
+    assert plain.line() == "listening"
+    client = node["a"].python(f"""
+        import isthmus, socket, sys, time
+        numbers = []
+        fast = isthmus.create_connection(("c", 7170), 30)
+        slow = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        slow.connect(({node.number("b")}, 9171))
+        print("connected")
+        for turn in range(1_000_000):
+            number = turn.to_bytes(8, "little")
+            for sock in (fast, slow):
+                sock.sendall(number)
+                assert sock.recv(8) == number
+            if turn % 50 == 0:
+                print(turn)
+    """)
+    with node.listen("c", 7170) as listener:
+        sock, _ = listener.accept()
+        with sock:
+
+            def echo() -> None:
+                with contextlib.suppress(ConnectionResetError):
+                    while data := sock.recv(1 << 16):
+                        sock.sendall(data)
+
+            thread = threading.Thread(target=echo, daemon=True)
+            thread.start()
+            assert client.line() == "connected"
+            assert client.line() == "0"
+            node.broker.kill()
+            for _ in range(3):
+                client.line()
+            node.broker.start()
+            began = time.monotonic()
+            becomes(lambda: node.device("a") == "running")
+            late = node["a"].python(CLIENT.format(to="b", port=9170, size=1000))
+            assert late.line().startswith("switch")
+            held = becomes(lambda: node.connections("a") >= 2 and node.connections("a"))
+            assert held >= 2, time.monotonic() - began
+            for _ in range(3):
+                client.line()
+            client.kill()
+            thread.join(30)
+    server.kill()
