@@ -154,10 +154,9 @@ impl Switch {
             (Some(Asked::Connect(flow)), _) => self.end_flow(flow, None),
             (Some(Asked::Resume(connection)), Message::Refused { .. }) => self.cut(cid, connection),
             (None, Message::Incoming { connection, .. }) => {
-                if self.incoming(id, &message, descriptors).is_none() {
-                    let refusal = Refusal::NobodyListens;
-                    self.tell(id, &Message::Refuse { connection, refusal }, &[]);
-                }
+                let refusal = Refusal::NobodyListens;
+                let asked = self.incoming(id, &message, descriptors);
+                asked.unwrap_or_else(|| self.tell(id, &Message::Refuse { connection, refusal }, &[]));
             }
             (None, Message::Cut { connection, .. }) => self.cut(cid, connection),
             _ => {}

@@ -50,7 +50,7 @@ fn connection(carrier: Carrier, kind: SocketKind) -> (Arc<Connection>, Peer) {
         theirs: (SMALL, 0),
     };
     let counters = ours.counters_descriptor().expect("a descriptor");
-    let connection = Connection::new(info, here, bell, counters, None);
+    let connection = Connection::new(info, here, bell, Some(counters), None);
     (connection, Peer { ends: there, bell: their_bell, lane: given(&ours), _offer: theirs })
 }
 
