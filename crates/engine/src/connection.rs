@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
-use isthmus_proto::spin::Spin;
+use isthmus_proto::spin::{GUEST_SCALE, Spin};
 use isthmus_ring::layout::{COUNTERS_LEN, RESET, TAKES_NOTHING};
 use isthmus_ring::{Dest, Mapped, Region, Ring, Rx, Seen, Source, StoreFailed, Tx};
 use isthmus_sys::cpu;
@@ -120,16 +120,12 @@ impl Connection {
         node: Option<&Arc<Node>>,
     ) -> Arc<Self> {
         let Ends { tx, rx, counters, view } = ends;
+        // Without a page to show this is a program in a guest.
+        let spin = Spin::scaled(if counters_fd.is_none() { GUEST_SCALE } else { 1 });
         Arc::new(Self {
             info,
-            tx: Mutex::new(TxSide { tx, spin: Spin::default(), asleep: 0 }),
-            rx: Mutex::new(RxSide {
-                rx,
-                spin: Spin::default(),
-                asleep: 0,
-                reset_told: false,
-                told_cpu: u32::MAX,
-            }),
+            tx: Mutex::new(TxSide { tx, spin, asleep: 0 }),
+            rx: Mutex::new(RxSide { rx, spin, asleep: 0, reset_told: false, told_cpu: u32::MAX }),
             bell: Bell::new(bell),
             state: AtomicU8::new(0),
             cut: OnceLock::new(),

@@ -50,6 +50,9 @@ impl How<'_> {
 /// Looks at a ring between two looks at the clock: about half a microsecond. A look at the clock
 /// takes as long as twenty of them, and what arrives meanwhile is seen that much later.
 const LOOKS_PER_CLOCK: u32 = 512;
+/// A clock that takes longer is slow, and is looked at so many times less often.
+const SLOW_CLOCK: Duration = Duration::from_micros(3);
+const SLOW_FACTOR: u32 = 128;
 /// Looks before the processor is told that we spin.
 const EAGER_LOOKS: u32 = 2 * LOOKS_PER_CLOCK;
 /// A wait that ended within so many looks says nothing about the budget.
@@ -88,7 +91,7 @@ pub(crate) fn spin(
     };
     let mut start = None;
     let mut looks = 0u32;
-    let burst = (LOOKS_PER_CLOCK / (gap + 1)).max(1);
+    let burst = (looks_per_clock() / (gap + 1)).max(1);
     loop {
         // Nothing but looking: what arrives is seen by the next look.
         let pauses = gap + u32::from(looks >= EAGER_LOOKS);
@@ -115,6 +118,22 @@ pub(crate) fn spin(
             }
             return false;
         }
+    }
+}
+
+/// How often the clock is looked at: seldom where that is slow, because what arrives meanwhile is not seen. In
+/// user-mode Linux it is a system call of 25 µs.
+fn looks_per_clock() -> u32 {
+    static LOOKS: AtomicU32 = AtomicU32::new(0);
+    match LOOKS.load(Ordering::Relaxed) {
+        0 => {
+            let started = Instant::now();
+            let cost = (Instant::now() - started).min(Instant::now() - started);
+            let looks = if cost > SLOW_CLOCK { LOOKS_PER_CLOCK * SLOW_FACTOR } else { LOOKS_PER_CLOCK };
+            LOOKS.store(looks, Ordering::Relaxed);
+            looks
+        }
+        looks => looks,
     }
 }
 

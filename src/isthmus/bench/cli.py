@@ -82,6 +82,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=True,
             help="Set shmem_enabled to advise meanwhile (root), which strict paths need for their best.",
         ),
+        click.option("--between", type=click.Choice(["vm"]), help="Both ends are in virtual machines."),
+        click.option(
+            "--monitor", type=click.Choice(["qemu", "uml"]), help="What runs them [qemu with KVM, else uml]."
+        ),
         click.option(
             "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write plots and records here."
         ),
@@ -103,6 +107,7 @@ def _run(benches: tuple[str, ...], out: Path | None, as_json: bool, **asked: Any
     started = time.monotonic()
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     pinned, huge_shmem = asked.pop("pinned"), asked.pop("huge_shmem")
+    between = _monitor(asked.pop("between"), asked.pop("monitor"))
     names = asked["transports"] or tuple(transports.NAMES)
     settings = Settings(pinned=() if pinned is None else (pinned,), **asked)
     try:
@@ -112,7 +117,8 @@ def _run(benches: tuple[str, ...], out: Path | None, as_json: bool, **asked: Any
                 settings,
                 [transports.load(name) for name in names],
                 tell=lambda line: notes.print(line, style="dim", markup=False),
-                deadline=started + QUICK_S if settings.quick else None,
+                deadline=started + QUICK_S if settings.quick and between is None else None,
+                between=between,
             )
     except PermissionError as error:
         raise click.ClickException(f"--huge-shmem: {error.filename}: only root may change it") from None
@@ -127,6 +133,20 @@ def _run(benches: tuple[str, ...], out: Path | None, as_json: bool, **asked: Any
         click.echo(str(path), err=as_json)
     if not records:
         raise click.ClickException("nothing was measured; the lines above say why")
+
+
+def _monitor(between: str | None, monitor: str | None) -> str | None:
+    """The monitor of the guests to measure between, if it is to be between guests."""
+    if between is None:
+        if monitor is not None:
+            raise click.UsageError("--monitor goes with --between vm")
+        return None
+    from isthmus.vm import Missing, choose_monitor
+
+    try:
+        return monitor or choose_monitor()
+    except Missing as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _write(records: list[Record], out: Path, notes: Console) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any
 from isthmus.bench import machine
 from isthmus.bench.calm import Calm
 from isthmus.bench.cases import PACED_GAP_S, SIZES, Case, Settings, cases_of, groups_of
+from isthmus.bench.guests import GuestPool, Guests, between_guests
 from isthmus.bench.native import Report
 from isthmus.bench.process import Pool, Worker, WorkerError
 from isthmus.bench.records import Record, median, spread
@@ -87,6 +88,7 @@ class Runner:
     tell: Callable[[str], None]
     cpus: list[int] = field(default_factory=machine.pick_cpus)
     described: dict[str, Any] = field(default_factory=machine.describe)
+    guests: Guests | None = None
 
     def __post_init__(self) -> None:
         self.calm = Calm(self.cpus, quick=self.settings.quick)
@@ -111,7 +113,7 @@ class Runner:
         """
         with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as directory:
             seats: list[Seat] = []
-            line_us = self.calm.wait()
+            line_us = self.calm.wait() if self.guests is None else None
             try:
                 seats = self._seats(case, directory)
                 return self._converse(case, seats, line_us)
@@ -139,7 +141,7 @@ class Runner:
             place = os.path.join(directory, str(pair))
             os.mkdir(place)
             for role in transport.roles(played):
-                prefix = setup.prefix.get(role, [])
+                prefix = setup.prefix_of(role, pair)
                 job = self._job(played, role, pair, place, setup, paced=case.beside is not None)
                 seats.append(Seat(self.pool.take(prefix), prefix, job, counts))
         return seats
@@ -166,7 +168,7 @@ class Runner:
 
     def _cpus_for(self, case: Case, role: str, pair: int) -> list[int]:
         """Every pair spans two processors, so that none of them has its ends on one."""
-        if not case.pinned:
+        if not case.pinned or self.guests is not None:
             return []
         client, server = self.cpus[2 * pair % len(self.cpus)], self.cpus[(2 * pair + 1) % len(self.cpus)]
         return {"client": [client], "server": [server], "alone": [client, server]}[role]
@@ -183,7 +185,7 @@ class Runner:
             client.worker.say({"address": server.worker.expect("ready", deadline)["ready"]})
         for seat in callers:
             seat.worker.expect("connected", deadline)
-        busy, mediated = machine.busy_seconds(), machine.cpu_seconds(setup.mediators)
+        busy, mediated = machine.busy_seconds(), self._mediated(setup)
         started = time.monotonic()
         # Load first, then what is measured beside it.
         for seat in sorted(callers, key=lambda seat: seat.counts):
@@ -194,12 +196,15 @@ class Runner:
             seat.report = message["report"]
             detail.update(message.get("detail", {}))
         wall = time.monotonic() - started
-        mediated = machine.cpu_seconds(setup.mediators) - mediated
+        mediated = self._mediated(setup) - mediated
         busy = machine.busy_seconds() - busy
         for seat in seats:
             seat.worker.expect("done", deadline)
         reports = [(seat, seat.report) for seat in seats if seat.report is not None]
-        cpu_s = sum(report["cpu_s"] for _, report in reports) + mediated
+        # What a guest's program used is in what its monitor did.
+        cpu_s = mediated
+        if self.guests is None:
+            cpu_s += sum(report["cpu_s"] for _, report in reports)
         figures = [report for seat, report in reports if seat.counts and report["seconds"] is not None]
         # In a connect bench both ends count; the client's count is the one without warm-up.
         if case.bench == "connect":
@@ -212,6 +217,11 @@ class Runner:
             line_us=line_us,
             detail=detail,
         )
+
+    def _mediated(self, setup: Setup) -> float:
+        if self.guests is not None:
+            return self.guests.cpu_seconds()
+        return machine.cpu_seconds(setup.mediators)
 
     def group(self, cases: Sequence[Case], deadline: float | None) -> list[Record]:
         """Run cases A B C A B C and return their records, those without a single figure left out.
@@ -291,6 +301,7 @@ def measure(
     *,
     tell: Callable[[str], None],
     deadline: float | None = None,
+    between: str | None = None,
 ) -> list[Record]:
     """Measure benches and return their records in the order of their cases.
 
@@ -302,10 +313,17 @@ def measure(
         Told one line at a time: what is being measured, what was left out and why.
     deadline : float or None, monotonic seconds
         When a quick run has to be over. The time left is shared among the groups left.
+    between : {"uml", "qemu"}, optional
+        Both ends are in guests of this monitor.
     """
     settings = replace(settings, benches=len(benches))
     present: dict[str, Transport] = {}
     for transport in transports:
+        if between is not None:
+            found = between_guests(transport)
+            if found is not None:
+                present[transport.name] = found
+            continue
         reason = transport.missing()
         if reason is None:
             present[transport.name] = transport
@@ -322,8 +340,19 @@ def measure(
         used = {case.transport for case in cases}
         setups = {name: present[name].prepare(stack, settings) for name in present if name in used}
         # Entered last, so that workers end before what they use.
-        pool = stack.enter_context(Pool())
-        runner = Runner(settings, present, setups, pool, tell)
+        pool: Pool
+        if between is None:
+            pool = stack.enter_context(Pool())
+            runner = Runner(settings, present, setups, pool, tell)
+        else:
+            most = max((case.pairs + (case.beside or 0) for case in cases), default=1)
+            guests = stack.enter_context(Guests(between, most))
+            pool = inside = GuestPool(guests)
+            stack.enter_context(pool)
+            tell(f"{len(guests.names)} guests: {guests.described}")
+            inside.start(guests.names)
+            runner = Runner(settings, present, setups, pool, tell, guests=guests)
+            runner.described["guests"] = guests.described
         for done, group in enumerate(groups):
             now = time.monotonic()
             if deadline is not None and now > deadline:

@@ -61,6 +61,10 @@ class Guest:
         A tap device of the host's for a network card, and its address.
     huge_pages : int, default 0
         Pages of 2 MiB that the guest's kernel sets aside (QEMU).
+    extra : sequence of str
+        Further arguments of the guest's kernel.
+    within : sequence of str
+        A command that runs another one in the place where the monitor belongs, such as a network namespace.
 
     Raises
     ------
@@ -85,10 +89,12 @@ class Guest:
         mac: str | None = None,
         huge_pages: int = 0,
         extra: Sequence[str] = (),
+        within: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.monitor = monitor if monitor is not None else choose_monitor()
         self.directory = directory
+        self._within = list(within)
         #: The other end of the job's output, where no descriptor was given for it.
         self.output: int | None = None
         self._pumps: list[_Pump] = []
@@ -168,7 +174,7 @@ class Guest:
     def _spawn(self, command: list[str], stdin: int, console: int, fds: tuple[int, ...]) -> None:
         # In a process namespace of its own: whoever kills its first process, or us, kills all of it.
         # User-mode Linux is many processes, and those that outlive their first one spin.
-        unshare = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+        unshare = [*self._within, "unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
         unshare += ["--pid", "--fork", "--kill-child=KILL", "--"]
         self._processes.append(
             subprocess.Popen(

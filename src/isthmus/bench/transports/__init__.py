@@ -44,6 +44,7 @@ __all__ = ["NAMES", "Job", "Setup", "Transport", "load", "why_not_importable"]
 NAMES: dict[str, str] = {
     "isthmus": "isthmus",
     "tcp-bridge": "tcp_bridge",
+    "vsock": "vsock",
     "unix": "unix",
     "mapped-ring": "mapped_ring",
     "pyzmq": "zeromq",
@@ -137,6 +138,10 @@ class Setup:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     mediators: Sequence[int] = ()
     detail: dict[str, Any] = field(default_factory=dict)
+
+    def prefix_of(self, role: str, pair: int) -> list[str]:
+        """The command in front of the worker that plays this role of a pair."""
+        return self.prefix.get(role, [])
 
 
 class Transport:

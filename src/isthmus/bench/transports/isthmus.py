@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -67,8 +68,9 @@ class TRANSPORT(Transport):
 
     def server(self, job: Job, control: Control) -> Report:
         """Listen on a port that the broker chooses."""
-        listener = attach(job, "right").listen(0, "stream", backlog=128)
-        control.ready([prefix(job) + "right", listener.port])
+        node = attach(job, "right")
+        listener = node.listen(0, "stream", backlog=128)
+        control.ready([node.identity["domain_name"], listener.port])
         if job.load == "connect":
             return serve(listener)
         return play(job, listener.accept(LIMIT_S))
@@ -98,7 +100,12 @@ def prefix(job: Job) -> str:
 
 def attach(job: Job, side: Literal["left", "right"]) -> _native.Node:
     """Attach to the broker as one of the domains."""
-    return _native.Node(job.options["doors"][prefix(job) + side], "bench")
+    door = job.options["doors"][prefix(job) + side]
+    until = time.monotonic() + LIMIT_S
+    # A guest's agent may still be starting.
+    while not os.path.exists(door) and time.monotonic() < until:
+        time.sleep(0.05)
+    return _native.Node(door, "bench")
 
 
 def play(job: Job, connection: _native.Connection) -> Report:
