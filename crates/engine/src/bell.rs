@@ -12,9 +12,10 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, TryLockError};
 use std::time::Duration;
 
+use isthmus_sys::mapping::Mapping;
 use isthmus_sys::{packet, poll};
 
 use crate::lock;
@@ -51,6 +52,8 @@ pub struct Bell {
     turn: Mutex<()>,
     turned: Condvar,
     gone: AtomicBool,
+    /// In a guest, where it may be used.
+    doorbell: OnceLock<Arc<Doorbell>>,
 }
 
 /// The two ends of a new bell.
@@ -59,6 +62,34 @@ pub struct Bell {
 /// No descriptors are left.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     packet::pair()
+}
+
+/// A register of a guest's socket device: a store there reaches the switch without a system call.
+pub struct Doorbell {
+    page: Mapping,
+    at: usize,
+    value: u16,
+}
+
+impl Doorbell {
+    /// `registers`: the file of the device's registers; `value` goes to `offset` of it.
+    ///
+    /// # Errors
+    /// The kernel lets nobody map the registers of a device in use (without `iomem=relaxed`).
+    pub fn new(registers: BorrowedFd<'_>, offset: u32, value: u16) -> io::Result<Self> {
+        let (page, at) = (u64::from(offset) & !0xFFF, (offset & 0xFFF) as usize);
+        if at % 2 != 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(Self { page: Mapping::registers(registers, page)?, at, value })
+    }
+
+    fn ring(&self) {
+        // What was published is seen by whoever this wakes.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        // SAFETY: within the page that was mapped, and aligned; a register has no other meaning than this.
+        unsafe { self.page.base().add(self.at).cast::<u16>().write_volatile(self.value) };
+    }
 }
 
 impl Bell {
@@ -75,11 +106,20 @@ impl Bell {
             turn: Mutex::new(()),
             turned: Condvar::new(),
             gone: AtomicBool::new(false),
+            doorbell: OnceLock::new(),
         }
+    }
+
+    /// Ring by a store instead, from now on. The socket still tells the peer's end.
+    pub fn hang_doorbell(&self, doorbell: Arc<Doorbell>) {
+        let _ = self.doorbell.set(doorbell);
     }
 
     /// Wake the peer. A full queue means that it has bells to hear already.
     pub fn ring(&self) {
+        if let Some(doorbell) = self.doorbell.get() {
+            return doorbell.ring();
+        }
         let _ = packet::push(self.socket.as_fd(), &[1]);
     }
 

@@ -22,6 +22,7 @@ use isthmus_wire::control::{
     self, ANYBODY, Carrier, FEATURE_GUEST, MESSAGE_MAX, Message, Refusal, SocketKind,
 };
 
+use crate::bell::Doorbell;
 use crate::connection::{Connection, Info};
 use crate::datagram::Datagram;
 use crate::error::{Error, Result};
@@ -99,6 +100,8 @@ pub struct Node {
     acceptors: Mutex<HashMap<(u32, u32), Weak<dyn Acceptor>>>,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     spare: Spare,
+    /// Of the guest that this is, if its agent gave it.
+    doorbell: OnceLock<Arc<Doorbell>>,
     set: Set,
     wake: Flag,
     stopping: AtomicBool,
@@ -128,6 +131,7 @@ impl Node {
             acceptors: Mutex::default(),
             connections: Mutex::default(),
             spare: Spare::default(),
+            doorbell: OnceLock::new(),
             set,
             wake,
             stopping: AtomicBool::new(false),
@@ -480,6 +484,9 @@ impl Node {
             None => (crate::lane::join_seat(&lane, theirs.0, theirs.1, secret, info.kind)?, None),
         };
         let connection = Connection::new(info, ends, bell, counters, Some(self));
+        if let (None, Some(doorbell)) = (offer, self.doorbell.get()) {
+            connection.bell().hang_doorbell(Arc::clone(doorbell));
+        }
         lock(&self.connections).insert(connection.info.key(), Arc::downgrade(&connection));
         Ok(connection)
     }

@@ -103,6 +103,19 @@ impl Mapping {
         Self::new(file, len, ProtFlags::READ | ProtFlags::WRITE)
     }
 
+    /// Map one page of a device's registers.
+    pub fn registers(file: BorrowedFd<'_>, offset: u64) -> io::Result<Self> {
+        const PAGE: usize = 4096;
+        // SAFETY: a new mapping at a place that the kernel chooses.
+        let base = unsafe {
+            let access = ProtFlags::READ | ProtFlags::WRITE;
+            rustix::mm::mmap(std::ptr::null_mut(), PAGE, access, MapFlags::SHARED, file, offset)?
+        };
+        NonNull::new(base.cast())
+            .map(|base| Self { base, len: PAGE })
+            .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+
     fn new(file: BorrowedFd<'_>, len: usize, protection: ProtFlags) -> io::Result<Self> {
         if len == 0 {
             return Err(io::ErrorKind::InvalidInput.into());

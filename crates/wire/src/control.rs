@@ -479,6 +479,9 @@ messages! {
     SeatGone = 37 "seat-gone" { seat: u32 }
     /// switch -> agent: the connection in this seat is over, and the switch touches none of its pages.
     SeatFree = 39 "seat-free" { seat: u32 }
+    /// agent -> program: beside a descriptor of the socket device's registers. A store of `value` (u16) at `offset`
+    /// tells the switch to look at the lanes of the guest, without a system call. For programs of root alone.
+    Doorbell = 40 "doorbell" { offset: u32, value: u16 }
     /// agent -> switch, on a program's control connection: the seat of the `connect` or `accept` that follows.
     /// Not answered.
     UseSeat = 38 "use-seat" { seat: u32 }

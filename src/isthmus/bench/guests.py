@@ -88,7 +88,7 @@ class Guests:
             guest.stop()
 
     def boot(self, name: str) -> tuple[Guest, int, int]:
-        """Start a guest, again if it ran; returns it, and the descriptors of its worker's input and output."""
+        """Start a guest, again if it ran; returns it and the descriptors of its worker's input and output."""
         if name in self._guests:
             self._guests.pop(name).stop()
         number = self.names.index(name) + 1

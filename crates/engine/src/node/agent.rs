@@ -10,6 +10,7 @@ use isthmus_sys::packet;
 use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 
 use super::{Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
+use crate::bell::Doorbell;
 use crate::connection::{Info, key};
 use crate::error::{Error, Result};
 use crate::listener::Acceptor;
@@ -80,6 +81,12 @@ impl Node {
             Message::Incoming { connection, .. } => {
                 if let Err(refusal) = self.incoming(&message, descriptors) {
                     let _ = self.tell(0, &Message::Refuse { connection, refusal }, &[]);
+                }
+            }
+            Message::Doorbell { offset, value } => {
+                let registers = descriptors.first().map(AsFd::as_fd);
+                if let Some(Ok(doorbell)) = registers.map(|file| Doorbell::new(file, offset, value)) {
+                    let _ = self.doorbell.set(Arc::new(doorbell));
                 }
             }
             Message::Cut { connection, text, .. } => {
