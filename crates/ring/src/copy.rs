@@ -7,6 +7,9 @@
 
 /// Shorter copies never use non-temporal stores, bytes.
 pub(crate) const STREAM_MIN: usize = 16 * 1024;
+/// Shorter copies never use string instructions, bytes.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const STRING_MIN: usize = 2048;
 /// A destination written within the last so many received bytes is taken to be in the cache.
 const WARM_BYTES: u64 = 4 * 1024 * 1024;
 /// Destinations are remembered by blocks of this size (a power of two), bytes.
@@ -47,7 +50,9 @@ impl Heat {
 /// `from` meanwhile: `to` then holds any mixture, and nobody has interpreted it yet.
 pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize, cold: bool) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if cold && len >= STREAM_MIN && std::is_x86_feature_detected!("avx") {
+    if (cold && len >= STREAM_MIN || len >= STRING_MIN && slow_strings())
+        && std::is_x86_feature_detected!("avx")
+    {
         // SAFETY: the caller's promise, and AVX is there.
         unsafe { stream_avx(from, to, len) };
         return;
@@ -55,6 +60,23 @@ pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize, cold: bool) 
     let _ = cold;
     // SAFETY: the caller's promise.
     unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
+}
+
+/// Is the processor QEMU's emulation, whose string instructions move 0.4 GB/s? The C library uses them for middling
+/// sizes because the processor says that they are fast; a loop of loads and stores is six times faster there.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+fn slow_strings() -> bool {
+    static SLOW: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *SLOW.get_or_init(|| {
+        // The first leaf for hypervisors holds who it is.
+        const HYPERVISOR: u32 = 0x4000_0000;
+        // `__cpuid` is safe to call since Rust 1.93 and unsafe before.
+        #[allow(unused_unsafe)]
+        // SAFETY: every x86-64 processor has CPUID; a leaf that is not there gives other numbers.
+        let found = unsafe { std::arch::x86_64::__cpuid(HYPERVISOR) };
+        let who = [found.ebx, found.ecx, found.edx].map(u32::to_le_bytes);
+        who.concat() == b"TCGTCGTCGTCG"
+    })
 }
 
 /// Copy with non-temporal stores.
