@@ -7,6 +7,7 @@
 use std::os::fd::OwnedFd;
 
 use isthmus_engine::lane::{Offer, record_kind};
+use isthmus_proto::sched::Terms;
 use isthmus_wire::control::{
     self, ANY_PORT, Carrier, FEATURE_GUEST, MESSAGE_MAX, Message, Refusal, SocketKind,
 };
@@ -19,9 +20,6 @@ use crate::home::socket_kind;
 use crate::seat::{Begun, RUNS_MAX, SEATS_MAX};
 use crate::switch::{Place, Switch};
 use crate::vring::Cursor;
-
-/// Bytes of a lane that are moved before others get their turn.
-const RELAY_BYTES: usize = 1 << 20;
 
 impl Switch {
     /// Bytes from a guest for the switch itself; `end`: a message ends with them.
@@ -172,6 +170,10 @@ impl Switch {
                 }
             }
             Message::Cut { connection, .. } => self.cut(cid, connection),
+            Message::Terms { connection, class, weight, rate } => {
+                self.note_terms(cid, connection, Terms { class, weight, rate });
+                return Some(());
+            }
             _ => {
                 if let Some(Asked::Connect(flow)) = asked {
                     self.end_flow(flow, None);
@@ -279,7 +281,7 @@ impl Switch {
         }
         self.look_at_lane(id, OPENER);
         self.look_at_lane(id, ACCEPTER);
-        self.relay(id);
+        self.mark(id);
     }
 
     /// A program shows a new broker the connection that it holds: from now on it is this attachment's. Returns the
@@ -366,7 +368,7 @@ impl Switch {
         };
         if let Some((flow, side)) = place.flow {
             // What it had sent and the other side can take is delivered first.
-            self.relay(flow);
+            self.relay(flow, side, usize::MAX);
             if let Some(flow) = self.flows.get_mut(&flow) {
                 flow.seats[side] = None;
             }
@@ -414,7 +416,7 @@ impl Switch {
         let place = self.guests.get(&cid)?.seats.get(&seat)?;
         if let Some((flow, side)) = place.flow {
             self.look_at_lane(flow, side);
-            self.relay(flow);
+            self.mark(flow);
         }
         Some(())
     }
@@ -425,7 +427,7 @@ impl Switch {
         let flows: Vec<_> = guest.seats.values().filter_map(|place| place.flow).collect();
         for (flow, side) in flows {
             self.look_at_lane(flow, side);
-            self.relay(flow);
+            self.mark(flow);
         }
     }
 
@@ -449,30 +451,23 @@ impl Switch {
 
     // ---- from lane to lane
 
-    /// Move what the lanes of a connection between two programs have.
-    pub(crate) fn relay(&mut self, id: FlowId) {
-        let Some(flow) = self.flows.get_mut(&id) else { return };
-        let [Side::Lane(a), Side::Lane(b)] = &mut flow.sides else {
-            self.ring_guest(id, OPENER);
-            return self.ring_guest(id, ACCEPTER);
-        };
-        let more = a.relay(b, RELAY_BYTES) | b.relay(a, RELAY_BYTES);
-        a.pass_stop(b);
-        b.pass_stop(a);
-        // A side that is gone has nothing more to give or take.
-        let over = a.gone() && !a.has_more() || b.gone() && !b.has_more();
+    /// Move at most `budget` bytes of one direction of a connection between two programs. Returns how many, and
+    /// whether there are more that could be moved now.
+    pub(crate) fn relay(&mut self, id: FlowId, from: usize, budget: usize) -> (usize, bool) {
+        let Some(flow) = self.flows.get_mut(&id) else { return (0, false) };
+        let [Side::Lane(a), Side::Lane(b)] = &mut flow.sides else { return (0, false) };
+        let (from, to) = if from == OPENER { (a, b) } else { (b, a) };
+        let moved = from.relay(to, budget);
+        from.pass_stop(to);
+        // A side that is gone has nothing more to take, and nothing to give once its lane is empty.
+        let over = to.gone() && !to.has_more() || from.gone() && !from.has_more();
         self.ring_guest(id, OPENER);
         self.ring_guest(id, ACCEPTER);
         if over {
-            return self.end_flow(id, None);
+            self.end_flow(id, None);
+            return (moved.0, false);
         }
-        if more {
-            if let Some(flow) = self.flows.get_mut(&id) {
-                if !std::mem::replace(&mut flow.busy, true) {
-                    self.busy.push_back(id);
-                }
-            }
-        }
+        moved
     }
 
     /// The agent's connection for a service is gone.
@@ -508,7 +503,7 @@ impl Switch {
                             bridge.lose();
                         }
                         self.look_at_lane(flow, side);
-                        self.relay(flow);
+                        self.mark(flow);
                     }
                 }
             }

@@ -257,23 +257,24 @@ impl Bridge {
         }
     }
 
-    /// Copy from the front of this lane into the other one, as far as that takes it. `true`: there may be more.
+    /// Copy from the front of this lane into the other one, as far as that takes it. Returns the bytes, and whether
+    /// there may be more that it would take.
     ///
     /// One copy, from one program's memory into the other's.
-    pub fn relay(&mut self, to: &mut Self, budget: usize) -> bool {
-        let mut left = budget;
+    pub fn relay(&mut self, to: &mut Self, budget: usize) -> (usize, bool) {
+        let mut moved = 0;
         loop {
             let (piece, message) = match self.front() {
                 Front::Bytes(piece, message) => (piece, message),
                 Front::Nothing if self.listen() => continue,
-                Front::Nothing | Front::Broken => return false,
+                Front::Nothing | Front::Broken => return (moved, false),
                 Front::End => {
                     to.finish();
-                    return false;
+                    return (moved, false);
                 }
             };
-            if left == 0 {
-                return true;
+            if moved >= budget {
+                return (moved, true);
             }
             let parts = [(piece.0.cast_const(), piece.1)];
             // SAFETY: the piece lies in memory that is mapped while this lane is; whoever writes it meanwhile gets
@@ -289,15 +290,16 @@ impl Bridge {
                 // It can never be sent, or never again.
                 self.gone = true;
                 to.gone = true;
-                return false;
+                return (moved, false);
             };
             to.ring(written.ring);
             if written.bytes > 0 || written.all {
                 self.took(written.bytes);
             }
-            left = left.saturating_sub(written.bytes.max(1));
+            // An empty message is not for nothing either.
+            moved += written.bytes.max(1);
             if !written.all && (to.ends.tx.arm().is_err() || !to.ends.tx.has_space()) {
-                return false;
+                return (moved, false);
             }
         }
     }

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use isthmus_engine::lane::Offer;
+use isthmus_proto::sched::{Bucket, Terms};
 use isthmus_ring::layout::{COUNTER_RX_BYTES, COUNTER_RX_MESSAGES, COUNTER_TX_BYTES, COUNTER_TX_MESSAGES};
 use isthmus_ring::{Mapped, Store};
 use isthmus_wire::control::TICKET;
@@ -215,8 +216,10 @@ pub struct Flow {
     pub seats: [Option<u32>; 2],
     /// Of both lanes.
     pub secret: u64,
-    /// It is in the list of flows whose lanes have more.
-    pub busy: bool,
+    /// On what terms its lanes are served; which directions are waiting for that; what they may still send.
+    pub terms: Terms,
+    pub marked: [bool; 2],
+    pub buckets: [Bucket; 2],
 }
 
 pub const OPENER: usize = 0;
@@ -235,7 +238,9 @@ impl Flow {
             deadline: None,
             seats: [None, None],
             secret: 0,
-            busy: false,
+            terms: Terms::default(),
+            marked: [false; 2],
+            buckets: Default::default(),
         }
     }
 

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use isthmus_engine::lane::{Ends, LARGE_DEFAULT, Offer, SMALL_DEFAULT};
+use isthmus_proto::sched;
 use isthmus_sys::poll::Ready;
 use isthmus_wire::control::{
     self, ANY_PORT, ANYBODY, BELL_PORT, CONTROL_PORT, Carrier, Message, PRIVILEGED_PORT_MAX, Refusal,
@@ -27,6 +28,8 @@ const FLOWS_MAX: usize = 16_384;
 const ANSWER: Duration = Duration::from_secs(6);
 /// Connections that may wait for a guest's answer; the guest's own backlog is shorter.
 const BACKLOG: u32 = 1024;
+/// Terms of connections that are about to be made.
+const TERMS_MAX: usize = 16_384;
 /// The domain that is meant by the host's CID.
 const HOST_DOMAIN: &str = "host";
 
@@ -159,6 +162,9 @@ impl Switch {
                 asked.unwrap_or_else(|| self.tell(id, &Message::Refuse { connection, refusal }, &[]));
             }
             (None, Message::Cut { connection, .. }) => self.cut(cid, connection),
+            (None, Message::Terms { connection, class, weight, rate }) => {
+                self.note_terms(cid, connection, sched::Terms { class, weight, rate });
+            }
             _ => {}
         }
         Some(())
@@ -330,6 +336,9 @@ impl Switch {
         (held.connection, held.ticket) = (connection, ticket);
         flow.held[ACCEPTER] = Some(held);
         self.flows.insert(id, flow);
+        if let Some(terms) = self.terms.remove(&(key.peer, connection)) {
+            self.set_terms(id, terms);
+        }
         Some(id)
     }
 
@@ -379,6 +388,10 @@ impl Switch {
         if let Some(held) = &mut flow.held[OPENER] {
             (held.connection, held.ticket) = (terms.connection, terms.ticket);
         }
+        let cid = flow.key_of(OPENER).cid;
+        if let Some(terms) = self.terms.remove(&(cid, connection)) {
+            self.set_terms(id, terms);
+        }
         match other {
             Some(other) => self.meet(id, other),
             None => self.join(id, OPENER, (terms.secret, terms.small, terms.large), &lane, bell),
@@ -421,7 +434,7 @@ impl Switch {
             }
         }
         self.queue(opener, ACCEPTER);
-        self.relay(opener);
+        self.mark(opener);
     }
 
     /// Make the lanes between the guest on `side` and the program that is no guest's on the other one.
@@ -441,7 +454,7 @@ impl Switch {
         }
         // The first look arms the lane.
         self.queue(id, side);
-        self.relay(id);
+        self.mark(id);
         let Some(Side::Lane(bridge)) = self.flows.get(&id).map(|flow| &flow.sides[1 - side]) else { return };
         if bridge.bell().is_some_and(|bell| !self.watch_bell(id, bell)) {
             self.end_flow(id, None);
@@ -471,7 +484,7 @@ impl Switch {
             }
             self.look_at_lane(id, side);
         }
-        self.relay(id);
+        self.mark(id);
     }
 
     /// A program's lane may have bytes for a guest's socket, or room for that socket's.
@@ -491,6 +504,15 @@ impl Switch {
     }
 
     // ---- connections end
+
+    /// On what terms the broker lets a connection be; it says so before the connection is made, or again later.
+    pub(crate) fn note_terms(&mut self, cid: u32, connection: u64, terms: sched::Terms) {
+        match self.flow_of(cid, connection) {
+            Some(id) => self.set_terms(id, terms),
+            None if self.terms.len() < TERMS_MAX => drop(self.terms.insert((cid, connection), terms)),
+            None => {}
+        }
+    }
 
     /// The broker's order.
     pub(crate) fn cut(&mut self, cid: u32, connection: u64) {

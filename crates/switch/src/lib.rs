@@ -25,6 +25,7 @@ pub mod flow;
 mod home;
 pub mod memory;
 mod packets;
+mod schedule;
 pub mod seat;
 pub mod switch;
 pub mod vring;

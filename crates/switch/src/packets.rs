@@ -19,37 +19,45 @@ const RESETS_MAX: usize = 1024;
 /// Bytes that may wait in the switch for one guest, shared by the flows to it; each gets at least the second.
 const WINDOW_GUEST: u32 = 16 << 20;
 const WINDOW_MIN: u32 = 64 << 10;
+/// What handling a packet costs beside its bytes, as bytes.
+const PACKET_COST: usize = 2048;
 
 impl Switch {
-    /// Take at most `budget` packets from a guest. `true`: there may be more.
-    pub(crate) fn take_packets(&mut self, cid: u32, budget: usize) -> bool {
+    /// Take packets from a guest until they have as many bytes as `budget`. Returns what they cost, in bytes, and
+    /// whether there may be more.
+    pub(crate) fn take_packets(&mut self, cid: u32, budget: usize) -> (usize, bool) {
         let mut chain = std::mem::take(&mut self.chain);
-        let more = self.take_into(cid, budget, &mut chain);
+        let taken = self.take_into(cid, budget, &mut chain);
         self.chain = chain;
-        more
+        taken
     }
 
-    fn take_into(&mut self, cid: u32, budget: usize, chain: &mut Chain) -> bool {
-        for turn in 0..budget {
+    fn take_into(&mut self, cid: u32, budget: usize, chain: &mut Chain) -> (usize, bool) {
+        let mut cost = 0;
+        while cost < budget {
             let Some(device) = self.guests.get_mut(&cid).and_then(|guest| guest.device.as_mut()) else {
-                return false;
+                return (cost, false);
             };
-            let Some((vring, memory)) = device.vring(TX) else { return false };
+            let Some((vring, memory)) = device.vring(TX) else { return (cost, false) };
             let memory = Arc::clone(memory);
-            if turn == 0 {
+            if cost == 0 {
                 vring.ignore(&memory);
             }
+            cost += PACKET_COST;
             let taken = match vring.take(&memory, false, chain) {
                 Ok(false) if vring.listen(&memory) => continue,
-                Ok(false) => return false,
+                Ok(false) => return (cost, false),
                 Ok(true) => parse(chain),
                 Err(fault) => Err(fault),
             };
             match taken {
-                Ok((header, payload)) => self.handle_packet(cid, header, payload),
+                Ok((header, payload)) => {
+                    cost += header.len as usize;
+                    self.handle_packet(cid, header, payload);
+                }
                 Err(fault) => {
                     self.blame(cid, &fault);
-                    return false;
+                    return (cost, false);
                 }
             }
             let device = self.guests.get_mut(&cid).and_then(|guest| guest.device.as_mut());
@@ -57,7 +65,7 @@ impl Switch {
                 vring.keep(&Arc::clone(memory), chain);
             }
         }
-        true
+        (cost, true)
     }
 
     fn handle_packet(&mut self, cid: u32, mut header: Header, payload: Cursor<'_>) {

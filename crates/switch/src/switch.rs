@@ -1,10 +1,11 @@
 //! The crank: waits for descriptors, gives each guest its turn.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use isthmus_proto::sched::{Scheduler, Terms};
 use isthmus_sys::packet;
 use isthmus_sys::poll::{Ready, Set};
 use isthmus_wire::control::{self, GuestState, MESSAGE_MAX, Message};
@@ -17,8 +18,6 @@ use crate::flow::{Flow, FlowId, Key};
 use crate::seat::{Begun, Seat};
 use crate::vring::Chain;
 
-/// Packets that one guest may send before the others get their turn.
-const TURN_PACKETS: usize = 64;
 /// With neither a broker nor a guest for so long, nobody will come.
 const LONELY: Duration = Duration::from_secs(5);
 /// Between attempts to reach a broker that is gone.
@@ -65,8 +64,10 @@ pub(crate) struct Guest {
     /// Memory of its for lanes, by the agent's numbers; and the one whose pages are being named.
     pub(crate) seats: HashMap<u32, Place>,
     pub(crate) begun: Option<(FlowId, Begun)>,
-    /// It may have sent something; it has buffers for more than it got in its turn.
-    sending: bool,
+    /// Its transmit queue waits to be served; and on what terms that is.
+    pub(crate) marked: bool,
+    pub(crate) terms: Terms,
+    /// It has buffers for more than it got in its turn.
     pub(crate) pressed: bool,
     state: GuestState,
 }
@@ -94,8 +95,12 @@ pub struct Switch {
     last_attachment: u64,
     /// Connections between guests of ours: the accepting side's flow, until the opener's is connected.
     pub(crate) meetings: HashMap<u64, FlowId>,
-    /// Flows whose lanes have more than one turn's worth.
-    pub(crate) busy: VecDeque<FlowId>,
+    /// What waits to be moved; and what waits for its rate, by the microsecond when it may.
+    pub(crate) sched: Scheduler,
+    pub(crate) late: BTreeSet<(u64, u64)>,
+    /// Terms of connections that are about to be made, by guest.
+    pub(crate) terms: HashMap<(u32, u64), Terms>,
+    pub(crate) began: Instant,
     /// When guests that do not answer were last looked for.
     pub(crate) swept: Instant,
     /// A chain in use, kept for its allocation.
@@ -123,7 +128,10 @@ impl Switch {
             attachments: HashMap::new(),
             last_attachment: 0,
             meetings: HashMap::new(),
-            busy: VecDeque::new(),
+            sched: Scheduler::default(),
+            late: BTreeSet::new(),
+            terms: HashMap::new(),
+            began: Instant::now(),
             swept: Instant::now(),
             chain: Chain::default(),
             scratch: Chain::default(),
@@ -161,12 +169,13 @@ impl Switch {
 
     /// How long nothing needs to be done.
     fn patience(&self) -> Duration {
-        if !self.busy.is_empty() || self.guests.values().any(|guest| guest.sending || guest.pressed) {
+        if self.guests.values().any(|guest| guest.pressed) {
             return Duration::ZERO;
         }
+        let rest = self.rest();
         let soon = self.attachments.values().filter_map(|attachment| attachment.again).min();
         let left = soon.map(|at| at.saturating_duration_since(Instant::now()));
-        left.unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(1))
+        left.unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(1)).min(rest)
     }
 
     fn handle(&mut self, token: u64, ready: Ready) {
@@ -178,34 +187,18 @@ impl Switch {
             Topic::Listener => self.meet_monitor(cid),
             Topic::Device => self.hear_monitor(cid),
             Topic::Kick => {
-                if let Some(guest) = self.guests.get_mut(&cid) {
-                    guest.sending = true;
-                }
                 self.look_at_seats(cid);
+                self.mark_guest(cid);
             }
             Topic::Attachment => self.hear_broker_through(which, ready),
             Topic::Bell => self.hear_bell(which),
         }
     }
 
-    /// Every guest that sends gets a turn; every guest for which something waits gets it.
+    /// What is most urgent is moved; every guest for which something waits gets it.
     fn turn(&mut self) {
+        self.serve();
         let cids: Vec<u32> = self.guests.keys().copied().collect();
-        for cid in &cids {
-            if self.guests.get(cid).is_some_and(|guest| guest.sending) {
-                let more = self.take_packets(*cid, TURN_PACKETS);
-                if let Some(guest) = self.guests.get_mut(cid) {
-                    guest.sending = more;
-                }
-            }
-        }
-        for _ in 0..self.busy.len() {
-            let Some(id) = self.busy.pop_front() else { break };
-            if let Some(flow) = self.flows.get_mut(&id) {
-                flow.busy = false;
-            }
-            self.relay(id);
-        }
         for cid in cids {
             if let Some(guest) = self.guests.get_mut(&cid) {
                 guest.pressed = false;
@@ -297,7 +290,8 @@ impl Switch {
                 resets: VecDeque::new(),
                 seats: HashMap::new(),
                 begun: None,
-                sending: false,
+                marked: false,
+                terms: Terms::default(),
                 pressed: false,
                 state: GuestState::Waiting,
             };
@@ -356,9 +350,7 @@ impl Switch {
                         let memory = memory.clone();
                         vring.listen(&memory);
                     }
-                    if let Some(guest) = self.guests.get_mut(&cid) {
-                        guest.sending = true;
-                    }
+                    self.mark_guest(cid);
                     self.note_state(cid, "");
                 }
                 Ok(Some(Changed::Stopped(index))) => {
@@ -379,7 +371,6 @@ impl Switch {
     pub(crate) fn end_device(&mut self, cid: u32, why: &str) {
         self.reset_flows(cid);
         let Some(guest) = self.guests.get_mut(&cid) else { return };
-        guest.sending = false;
         if let Some(device) = guest.device.take() {
             let _ = self.set.remove(device.as_fd());
             for index in [RX, TX] {

@@ -479,6 +479,16 @@ messages! {
     SeatGone = 37 "seat-gone" { seat: u32 }
     /// switch -> agent: the connection in this seat is over, and the switch touches none of its pages.
     SeatFree = 39 "seat-free" { seat: u32 }
+    /// broker -> switch, through the door of a guest: how the switch is to serve this connection. Before `incoming` and
+    /// `connected`, and again when the rules change. Not answered.
+    Terms = 41 "terms" {
+        connection: u64,
+        /// 0 to 7; 7 is served first.
+        class: u8,
+        weight: u16,
+        /// Bytes a second, each way; 0: no limit.
+        rate: u64,
+    }
     /// agent -> program: beside a descriptor of the socket device's registers. A store of `value` (u16) at `offset`
     /// tells the switch to look at the lanes of the guest, without a system call. For programs of root alone.
     Doorbell = 40 "doorbell" { offset: u32, value: u16 }

@@ -255,6 +255,9 @@ class Broker:
         else:
             connection.rule = decision.rule
             connection.why = path_text(decision, connection.carrier)
+            for side in (opener, accepter):
+                if side.attachment is not None and connection.pending is None:
+                    self.introductions.tell_terms(side.attachment, connection, decision)
 
     # Attachments.
 

@@ -73,7 +73,7 @@ def _notes(
             notes.append(f"to open it, add to the policy file:\n{rule}")
     if path is not None:
         matched = decision.matched
-        if matched is not None and matched.unenforced:
+        if matched is not None and matched.unenforced and path != "switch":
             notes.append(
                 f"{', '.join(matched.unenforced)} of {matched.says} not enforced here: "
                 f"on a {path} lane nobody stands between the two ends"

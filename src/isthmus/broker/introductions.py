@@ -24,6 +24,7 @@ from .descriptors import Descriptors
 from .directory import CHOSEN_PORTS, Domain
 from .lanes import check_lane, check_page
 from .log import Log
+from .policy import WEIGHT_DEFAULT, Decision
 from .tickets import Tickets
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class Introductions:
             raise Refuse("limit-reached", f"the broker is out of descriptors: {error.strerror}") from None
         secret = int.from_bytes(os.urandom(8), "little") | 1
         try:
+            self.tell_terms(listener, connection, decision)
             listener.send(
                 "incoming",
                 0,
@@ -210,6 +212,11 @@ class Introductions:
         accepter.bring(small + large)
         assert opener.attachment is not None
         try:
+            self.tell_terms(
+                opener.attachment,
+                connection,
+                self._broker.policy.look(opener.domain, accepter.domain, accepter.port),
+            )
             opener.attachment.send(
                 "connected",
                 pending.request,
@@ -318,6 +325,20 @@ class Introductions:
         self.resumed += 1
         self._log_connection("resume", connection, side=role)
         attachment.send("done", request)
+
+    def tell_terms(self, attachment: Attachment, connection: Connection, decision: Decision) -> None:
+        """Tell the switch how to serve a connection of a guest."""
+        rule = decision.matched
+        if attachment.domain.kind != "vm" or rule is None:
+            return
+        attachment.send(
+            "terms",
+            0,
+            connection=connection.number,
+            **{"class": rule.priority or 0},
+            weight=rule.weight or WEIGHT_DEFAULT,
+            rate=(rule.rate or 0) // 8,
+        )
 
     def _ticket(self, connection: Connection, role: str) -> bytes:
         opener, accepter = connection.opener, connection.accepter

@@ -38,6 +38,8 @@ REMEMBERED_MAX = 4096
 GROUP_DEFAULT = "default"
 CLASS_MAX = 7
 WEIGHT_MAX = 1000
+#: Of a rule that names none.
+WEIGHT_DEFAULT = 100
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _RATES = {"bit": 1, "kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9}
