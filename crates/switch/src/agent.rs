@@ -5,6 +5,7 @@
 //! ([`crate::seat`]), and we bring the lane to the broker.
 
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use isthmus_engine::lane::{Offer, record_kind};
 use isthmus_proto::sched::Terms;
@@ -15,11 +16,16 @@ use isthmus_wire::vsock::{SEQ_EOM, SEQPACKET};
 
 use crate::attachment::Asked;
 use crate::bridge::Bell;
-use crate::flow::{ACCEPTER, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, State};
-use crate::home::socket_kind;
+use crate::flow::{ACCEPTER, By, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, State};
+use crate::home::{ANSWER, socket_kind};
 use crate::seat::{Begun, RUNS_MAX, SEATS_MAX};
 use crate::switch::{Place, Switch};
 use crate::vring::Cursor;
+
+/// Bytes of a program that is gone that are moved at once; a ring holds no more.
+const LAST_BYTES: usize = 4 << 20;
+/// Bytes that wait for an agent that does not read.
+const ANSWERS_MAX: usize = 1 << 20;
 
 impl Switch {
     /// Bytes from a guest for the switch itself; `end`: a message ends with them.
@@ -31,7 +37,7 @@ impl Switch {
         let len = payload.left();
         let at = service.begun.len();
         if at + len > MESSAGE_MAX && message {
-            return self.end_flow(id, None);
+            return self.end_flow(id, By::Nobody);
         }
         service.begun.resize(at + len, 0);
         if let Some(room) = service.begun.get_mut(at..) {
@@ -53,7 +59,7 @@ impl Switch {
             ServiceKind::Bell(seat) => self.handle_bell(cid, id, seat, packet),
         };
         if good.is_none() {
-            self.end_flow(id, None);
+            self.end_flow(id, By::Nobody);
         }
     }
 
@@ -68,8 +74,20 @@ impl Switch {
     fn send_to_agent(&mut self, id: FlowId, packet: &[u8]) {
         let Some(flow) = self.flows.get_mut(&id).filter(|flow| !flow.ended) else { return };
         let Some(socket) = flow.socket(OPENER) else { return };
+        if socket.out.data.len() > ANSWERS_MAX {
+            return self.end_flow(id, By::Nobody);
+        }
         socket.out.data.extend(packet);
         socket.out.marks.push_back((packet.len(), SEQ_EOM));
+        self.keep_for(id, packet.len());
+    }
+
+    /// So many bytes more wait for an agent.
+    fn keep_for(&mut self, id: FlowId, len: usize) {
+        let cid = self.flows.get(&id).map(|flow| flow.key_of(OPENER).cid);
+        if let Some(guest) = cid.and_then(|cid| self.guests.get_mut(&cid)) {
+            guest.waiting += len;
+        }
         self.queue(id, OPENER);
     }
 
@@ -95,16 +113,16 @@ impl Switch {
             Message::Accept { connection, .. } => {
                 let seat = self.attachments.get_mut(&id)?.seat.take();
                 // Unknown: its opener has given up meanwhile.
-                if let Some(flow) = self.flow_of(cid, connection) {
+                if let Some(flow) = self.asked_of(id, cid, connection) {
                     if self.program_accepts(flow, seat).is_none() {
-                        self.end_flow(flow, None);
+                        self.end_flow(flow, By::Nobody);
                     }
                 }
             }
             Message::Refuse { connection, refusal } => {
-                if let Some(flow) = self.flow_of(cid, connection) {
+                if let Some(flow) = self.asked_of(id, cid, connection) {
                     self.refuse(flow, refusal);
-                    self.end_flow(flow, None);
+                    self.end_flow(flow, By::Nobody);
                 }
             }
             Message::Close { connection } => {
@@ -176,12 +194,25 @@ impl Switch {
             }
             _ => {
                 if let Some(Asked::Connect(flow)) = asked {
-                    self.end_flow(flow, None);
+                    self.end_flow(flow, By::Nobody);
                 }
             }
         }
         self.send_to_agent(agent, packet);
         Some(())
+    }
+
+    /// The connection that this program was asked to take, and has not answered for.
+    fn asked_of(&self, id: u64, cid: u32, connection: u64) -> Option<FlowId> {
+        let mine = |flow: &FlowId| {
+            self.flows.get(flow).is_some_and(|flow| {
+                let held = flow.held[ACCEPTER].as_ref();
+                flow.state == State::Requested
+                    && !flow.ended
+                    && held.is_some_and(|held| held.attachment == id && held.connection == connection)
+            })
+        };
+        self.guests.get(&cid)?.flows.iter().copied().find(mine)
     }
 
     fn program_connects(
@@ -213,6 +244,7 @@ impl Switch {
         let attachment = self.attachments.get_mut(&id)?;
         attachment.pass_asked(Asked::Connect(flow_id), request, &connect, &offer.descriptors());
         flow.held[OPENER] = Some(Held::new(id, offer));
+        flow.deadline = Some(Instant::now() + ANSWER);
         self.flows.insert(flow_id, flow);
         Some(())
     }
@@ -356,7 +388,7 @@ impl Switch {
         place.flow = None;
         let (agent, bell) = (place.agent, place.bell.take());
         if let Some(bell) = bell {
-            self.end_flow(bell, None);
+            self.end_flow(bell, By::Nobody);
         }
         self.answer_agent(agent, 0, &Message::SeatFree { seat });
     }
@@ -368,14 +400,14 @@ impl Switch {
         };
         if let Some((flow, side)) = place.flow {
             // What it had sent and the other side can take is delivered first.
-            self.relay(flow, side, usize::MAX);
+            self.relay(flow, side, LAST_BYTES);
             if let Some(flow) = self.flows.get_mut(&flow) {
                 flow.seats[side] = None;
             }
-            self.end_flow(flow, None);
+            self.end_flow(flow, By::Nobody);
         }
         if let Some(bell) = place.bell {
-            self.end_flow(bell, None);
+            self.end_flow(bell, By::Nobody);
         }
     }
 
@@ -410,7 +442,7 @@ impl Switch {
             // The agent waits for this before it lets a program use the seat.
             let socket = flow.socket(OPENER)?;
             socket.out.data.push_back(1);
-            self.queue(id, OPENER);
+            self.keep_for(id, 1);
             return Some(());
         };
         let place = self.guests.get(&cid)?.seats.get(&seat)?;
@@ -442,10 +474,11 @@ impl Switch {
         let Some(bell) = bell else { return };
         if let Some(socket) = self.flows.get_mut(&bell).and_then(|flow| flow.socket(OPENER)) {
             // One byte is enough until it is heard.
-            if socket.out.data.is_empty() {
+            let quiet = socket.out.data.is_empty();
+            if quiet {
                 socket.out.data.push_back(1);
             }
-            self.queue(bell, OPENER);
+            self.keep_for(bell, usize::from(quiet));
         }
     }
 
@@ -464,7 +497,7 @@ impl Switch {
         self.ring_guest(id, OPENER);
         self.ring_guest(id, ACCEPTER);
         if over {
-            self.end_flow(id, None);
+            self.end_flow(id, By::Nobody);
             return (moved.0, false);
         }
         moved
@@ -474,10 +507,11 @@ impl Switch {
     pub(crate) fn end_service(&mut self, cid: u32, id: FlowId, kind: ServiceKind) {
         match kind {
             ServiceKind::Control(attachment) => {
-                if let Some(attachment) = self.attachments.remove(&attachment) {
+                if let Some(mut attachment) = self.attachments.remove(&attachment) {
                     if let Some(socket) = &attachment.socket {
                         let _ = self.set.remove(std::os::fd::AsFd::as_fd(socket));
                     }
+                    self.give_up(&attachment.lose());
                 }
             }
             ServiceKind::Seats => {

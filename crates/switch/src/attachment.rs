@@ -12,12 +12,11 @@ use std::time::Instant;
 
 use isthmus_sys::packet;
 use isthmus_wire::control::{self, MESSAGE_MAX, Message};
-use rustix::fs::OFlags;
 
 use crate::flow::FlowId;
 
 /// Packets that may wait for a broker that does not read.
-const QUEUE_MAX: usize = 4096;
+const QUEUE_MAX: usize = 1024;
 
 /// What a question was about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +39,8 @@ pub struct Attachment {
     pub ready: bool,
     /// Its socket is watched for room as well.
     pub watched: bool,
+    /// Something could not be said: the two do not know the same any more.
+    pub overflowed: bool,
     /// When to try again, while there is no broker.
     pub again: Option<Instant>,
     asked: HashMap<u32, Asked>,
@@ -57,6 +58,7 @@ impl Attachment {
             socket: None,
             ready: false,
             watched: false,
+            overflowed: false,
             again: None,
             asked: HashMap::new(),
             last: 0,
@@ -70,10 +72,7 @@ impl Attachment {
     /// Nobody answers there now.
     pub fn connect(&mut self, door: BorrowedFd<'_>) -> io::Result<()> {
         let path = PathBuf::from(format!("/proc/self/fd/{}/door", door.as_raw_fd()));
-        let socket = packet::connect(&path)?;
-        let flags = rustix::fs::fcntl_getfl(&socket)?;
-        rustix::fs::fcntl_setfl(&socket, flags | OFlags::NONBLOCK)?;
-        self.socket = Some(socket);
+        self.socket = Some(packet::connect_now(&path)?);
         self.again = None;
         Ok(())
     }
@@ -81,7 +80,7 @@ impl Attachment {
     /// The broker is gone: whatever was asked will not be answered.
     pub fn lose(&mut self) -> Vec<Asked> {
         self.socket = None;
-        (self.ready, self.watched) = (false, false);
+        (self.ready, self.watched, self.overflowed) = (false, false, false);
         self.queue.clear();
         self.asked.drain().map(|(_, asked)| asked).collect()
     }
@@ -113,6 +112,18 @@ impl Attachment {
         self.send(request, message, descriptors);
     }
 
+    /// Questions that were not answered.
+    #[must_use]
+    pub fn asking(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// Has a question of this number no answer yet?
+    #[must_use]
+    pub fn is_asking(&self, request: u32) -> bool {
+        self.asked.contains_key(&request)
+    }
+
     /// What the answer with this number is about.
     pub fn answered(&mut self, request: u32) -> Option<Asked> {
         self.asked.remove(&request)
@@ -132,8 +143,9 @@ impl Attachment {
             }
         }
         let kept: io::Result<Vec<_>> = descriptors.iter().map(|fd| fd.try_clone_to_owned()).collect();
-        if let (Ok(kept), true) = (kept, self.queue.len() < QUEUE_MAX) {
-            self.queue.push_back((packet.to_vec(), kept));
+        match kept {
+            Ok(kept) if self.queue.len() < QUEUE_MAX => self.queue.push_back((packet.to_vec(), kept)),
+            _ => self.overflowed = true,
         }
     }
 

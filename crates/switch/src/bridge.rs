@@ -18,6 +18,9 @@ use crate::vring::{Cursor, Piece};
 /// What a guest may have in flight towards a lane, bytes.
 pub const WINDOW: u32 = 1 << 20;
 
+/// What a record costs at least, as bytes.
+const RECORD_COST: usize = 256;
+
 /// The lanes of one connection, and their bell.
 pub struct Bridge {
     ends: Ends,
@@ -114,12 +117,13 @@ impl Bridge {
     pub fn hear(&mut self) {
         let Bell::Socket(socket) = &self.bell else { return };
         let mut buffer = [0; 64];
-        while !self.gone {
+        // Not without end: whoever rings all the time is heard again in the next turn.
+        for _ in 0..4 {
             match packet::pull(socket.as_fd(), &mut buffer) {
-                Ok(0) => self.gone = true,
+                Ok(0) => return self.gone = true,
                 Ok(_) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-                Err(_) => self.gone = true,
+                Err(_) => return self.gone = true,
             }
         }
     }
@@ -163,6 +167,9 @@ impl Bridge {
             self.begun += self.waiting.len() - before;
             if self.message && end {
                 self.messages.push_back(std::mem::take(&mut self.begun));
+            }
+            if self.messages.len() > crate::deliver::MESSAGES_MAX {
+                return Taken::Broken;
             }
         }
         match self.push() {
@@ -296,8 +303,8 @@ impl Bridge {
             if written.bytes > 0 || written.all {
                 self.took(written.bytes);
             }
-            // An empty message is not for nothing either.
-            moved += written.bytes.max(1);
+            // A short record is not for nothing either.
+            moved += written.bytes.max(RECORD_COST);
             if !written.all && (to.ends.tx.arm().is_err() || !to.ends.tx.has_space()) {
                 return (moved, false);
             }

@@ -11,12 +11,20 @@ use isthmus_ring::layout::{RESET, TAKES_ALL};
 
 use crate::bridge::Front;
 use crate::device::RX;
-use crate::flow::{FlowId, Side, State};
+use crate::flow::{By, FlowId, Side, State};
 use crate::switch::Switch;
 use crate::vring::Cursor;
 
 /// Bytes of one flow that a guest gets before its other flows have their turn.
 const TURN_BYTES: usize = 128 << 10;
+
+/// Buffers that one packet is spread over at once; what is left is queued, and others have their turn.
+const EMITS_MAX: usize = 64;
+/// Bytes, and messages of one connection, that are kept for a guest that takes nothing.
+const WAITING_MAX: usize = 64 << 20;
+pub(crate) const MESSAGES_MAX: usize = 16 << 10;
+/// Room for payload that every receive buffer has, if it does not take all there is (Linux: 3.7 KiB).
+const BUFFER_MIN: usize = 512;
 
 /// What became of a packet for a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,11 +183,11 @@ impl Switch {
             let Some(socket) = self.flows.get_mut(&id).and_then(|flow| flow.socket(side)) else {
                 return Turn::Over;
             };
-            if own {
-                socket.sent = socket.sent.wrapping_add(sent as u32);
-            }
             let out = &mut socket.out;
             out.data.drain(..sent);
+            if let Some(guest) = self.guests.get_mut(&cid) {
+                guest.waiting = guest.waiting.saturating_sub(sent);
+            }
             if let Some(mark) = out.marks.front_mut() {
                 mark.0 -= sent;
                 if mark.0 == 0 {
@@ -205,7 +213,7 @@ impl Switch {
             };
             if message && piece.1 > buffer {
                 // It can never fit the guest's buffer.
-                self.end_flow(id, None);
+                self.end_flow(id, By::Nobody);
                 return Turn::More;
             }
             if room == 0 || message && room < piece.1 {
@@ -219,9 +227,6 @@ impl Switch {
             let sent = self.emit_flow(cid, id, side, RW, flags, &mut Cursor::new(&pieces));
             let Sent::Bytes(sent) = sent else { return Turn::Full };
             let Some(flow) = self.flows.get_mut(&id) else { return Turn::Over };
-            if let Some(socket) = flow.socket(side) {
-                socket.sent = socket.sent.wrapping_add(sent as u32);
-            }
             if let Some(bridge) = flow.bridge(1 - side) {
                 bridge.took(sent);
             }
@@ -247,7 +252,7 @@ impl Switch {
             }
         }
         if broken && !flow.ended {
-            self.end_flow(id, None);
+            self.end_flow(id, By::Nobody);
             return self.deliver_end(cid, id, side);
         }
         let Some(socket) = flow.socket(side) else { return Turn::Over };
@@ -284,7 +289,7 @@ impl Switch {
         let message = flow.keys[0].kind == isthmus_wire::vsock::SEQPACKET;
         let Some(socket) = flow.socket(side) else { return };
         if open && !socket.out.queued {
-            loop {
+            for _ in 0..EMITS_MAX {
                 match self.emit_flow(cid, id, side, RW, flags, payload) {
                     Sent::Bytes(_) if payload.left() == 0 => return,
                     Sent::Bytes(_) => {}
@@ -292,9 +297,15 @@ impl Switch {
                 }
             }
         }
+        let len = payload.left();
+        let Some(guest) = self.guests.get_mut(&cid) else { return };
+        if guest.waiting + len > WAITING_MAX {
+            // It stands still, and its connections were granted more than we keep for it.
+            return self.end_flow(id, By::Nobody);
+        }
+        guest.waiting += len;
         let Some(socket) = self.flows.get_mut(&id).and_then(|flow| flow.socket(side)) else { return };
         let out = &mut socket.out;
-        let len = payload.left();
         while let Some((start, len)) = payload.next(usize::MAX) {
             // SAFETY: in a guest's memory, mapped while its packet is handled; whatever it writes meanwhile, it sends.
             out.data.extend(unsafe { std::slice::from_raw_parts(start, len) });
@@ -304,6 +315,9 @@ impl Switch {
                 Some(mark) if mark.1 == 0 => *mark = (mark.0 + len, flags),
                 _ => out.marks.push_back((len, flags)),
             }
+        }
+        if out.marks.len() > MESSAGES_MAX {
+            return self.end_flow(id, By::Nobody);
         }
         self.queue(id, side);
     }
@@ -317,11 +331,15 @@ impl Switch {
         flags: u32,
         payload: &mut Cursor<'_>,
     ) -> Sent {
-        let Some(flow) = self.flows.get(&id) else { return Sent::Bytes(payload.left()) };
-        let window = self.window(flow.key_of(1 - side).cid);
         let Some(flow) = self.flows.get_mut(&id) else { return Sent::Bytes(payload.left()) };
-        let header = flow.header(side, op, window);
-        self.emit(cid, header, flags, payload)
+        let header = flow.header(side, op);
+        let sent = self.emit(cid, header, flags, payload);
+        if let (RW, Sent::Bytes(bytes)) = (op, sent) {
+            if let Some(socket) = self.flows.get_mut(&id).and_then(|flow| flow.socket(side)) {
+                socket.sent = socket.sent.wrapping_add(bytes as u32);
+            }
+        }
+        sent
     }
 
     /// Put one packet into a guest's receive queue, with as much of `payload` as its next buffer takes. `flags` are
@@ -344,7 +362,7 @@ impl Switch {
                         let left = payload.left();
                         let room = into.left().saturating_sub(Header::LEN);
                         let len = room.min(left);
-                        if into.left() < Header::LEN || len == 0 && left > 0 {
+                        if into.left() < Header::LEN || len < left && room < BUFFER_MIN {
                             fault = Some(crate::Fault::Queue("a receive buffer shorter than a packet"));
                         } else {
                             header.len = len as u32;

@@ -174,6 +174,8 @@ impl Device {
             Message::SetBackendReqFd => self._backend = descriptors.pop(),
             Message::GetConfig { offset, size } => self.config(header, offset, size)?,
             Message::SetMemTable(table) => {
+                // In the old memory, while there is one.
+                self.give_kept(TX as u32);
                 self.memory = Some(Arc::new(Memory::new(&table, descriptors)?));
                 changed = Changed::Memory;
                 // The queues stay where they are in the monitor's terms; find them in the new memory.

@@ -101,8 +101,10 @@ pub struct Socket {
 impl Socket {
     /// Believe what a packet says about its sender's buffer. `true`: there is news.
     pub fn credit(&mut self, header: &Header) -> bool {
-        let news = (self.buf_alloc, self.fwd_cnt) != (header.buf_alloc, header.fwd_cnt);
-        (self.buf_alloc, self.fwd_cnt) = (header.buf_alloc, header.fwd_cnt);
+        // It can have taken no more than it was given.
+        let fwd_cnt = if ahead(header.fwd_cnt, self.sent) { self.sent } else { header.fwd_cnt };
+        let news = (self.buf_alloc, self.fwd_cnt) != (header.buf_alloc, fwd_cnt);
+        (self.buf_alloc, self.fwd_cnt) = (header.buf_alloc, fwd_cnt);
         news
     }
 
@@ -125,8 +127,12 @@ impl Socket {
     /// Count bytes that came. `false`: more than it was told.
     #[must_use]
     pub fn receive(&mut self, len: u32) -> bool {
+        let room = self.edge.wrapping_sub(self.received);
+        if room >= 1 << 31 || len > room {
+            return false;
+        }
         self.received = self.received.wrapping_add(len);
-        !ahead(self.received, self.edge)
+        true
     }
 }
 
@@ -222,6 +228,15 @@ pub struct Flow {
     pub buckets: [Bucket; 2],
 }
 
+/// Who has ended a connection, and needs not be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    Nobody,
+    Side(usize),
+    /// It is gone, with both sides if both were its.
+    Guest(u32),
+}
+
 pub const OPENER: usize = 0;
 pub const ACCEPTER: usize = 1;
 
@@ -283,12 +298,11 @@ impl Flow {
         }
     }
 
-    /// The header of a packet to this side's guest: who sends it, and what it may send. `window` bounds the buffer
-    /// that is announced to it.
-    pub fn header(&mut self, side: usize, op: u16, window: u32) -> Header {
+    /// The header of a packet to this side's guest: who sends it, and what it may send.
+    pub fn header(&mut self, side: usize, op: u16) -> Header {
         let key = self.key_of(side);
         let (buf_alloc, fwd_cnt) = match &self.sides[1 - side] {
-            Side::Guest(other) => (other.buf_alloc.min(window), other.fwd_cnt),
+            Side::Guest(other) => (other.buf_alloc, other.fwd_cnt),
             Side::Lane(_) | Side::Service(_) => {
                 (crate::bridge::WINDOW, self.socket(side).map_or(0, |socket| socket.taken))
             }
@@ -335,10 +349,18 @@ mod tests {
     }
 
     #[test]
-    fn whoever_claims_to_have_taken_more_than_it_got_gets_no_room() {
-        let mut socket = Socket::default();
-        let lie = Header { buf_alloc: 4096, fwd_cnt: 1, ..Header::default() };
+    fn nobody_is_believed_to_have_taken_more_than_it_got() {
+        let mut socket = Socket { sent: 100, ..Socket::default() };
+        let lie = Header { buf_alloc: 4096, fwd_cnt: 1 << 20, ..Header::default() };
         assert!(socket.credit(&lie));
-        assert_eq!(socket.room(), 0);
+        assert_eq!((socket.fwd_cnt, socket.room()), (100, 4096));
+    }
+
+    #[test]
+    fn a_length_that_wraps_is_more_than_was_granted() {
+        let mut socket = Socket { received: 10, edge: 20, ..Socket::default() };
+        assert!(!socket.receive(u32::MAX));
+        assert!(!socket.receive((1 << 31) + 10));
+        assert!(socket.receive(10));
     }
 }

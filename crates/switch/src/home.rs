@@ -18,14 +18,17 @@ use isthmus_wire::vsock::{HOST_CID, Header, SEQPACKET, STREAM};
 use crate::attachment::{Asked, Attachment};
 use crate::bridge::{Bell, Bridge, Taken};
 use crate::flow::{
-    ACCEPTER, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, Socket, State, Waiting,
+    ACCEPTER, By, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, Socket, State, Waiting,
 };
 use crate::switch::{AGAIN, Switch};
 
 /// Connections of one guest, those that are being opened among them. The broker's limits are lower.
-const FLOWS_MAX: usize = 16_384;
+const FLOWS_MAX: usize = 8192;
+/// Of those, such that the broker has not answered for; and programs that come through the guest's agent.
+const ASKING_MAX: usize = 512;
+const PROGRAMS_MAX: usize = 256;
 /// A little longer than the broker waits for an answer.
-const ANSWER: Duration = Duration::from_secs(6);
+pub(crate) const ANSWER: Duration = Duration::from_secs(6);
 /// Connections that may wait for a guest's answer; the guest's own backlog is shorter.
 const BACKLOG: u32 = 1024;
 /// Terms of connections that are about to be made.
@@ -86,7 +89,7 @@ impl Switch {
                 self.flows.iter().filter(|(_, flow)| late(flow)).map(|(id, _)| *id).collect();
             for id in late {
                 self.refuse(id, Refusal::TimedOut);
-                self.end_flow(id, None);
+                self.end_flow(id, By::Nobody);
             }
         }
     }
@@ -97,19 +100,39 @@ impl Switch {
         if let Some(socket) = &attachment.socket {
             let _ = self.set.remove(socket.as_fd());
         }
-        let (asked, app) = (attachment.lose(), attachment.app);
-        for asked in asked {
-            if let Asked::Connect(flow) = asked {
-                self.end_flow(flow, None);
-            }
+        let (asked, app, cid) = (attachment.lose(), attachment.app, attachment.cid);
+        self.give_up(&asked);
+        // What was being made will never be; what is open stays.
+        let flows = self.guests.get(&cid).map(|guest| &guest.flows);
+        let unmade: Vec<FlowId> = flows
+            .into_iter()
+            .flatten()
+            .copied()
+            .filter(|flow| {
+                self.flows.get(flow).is_some_and(|flow| {
+                    flow.state != State::Open && flow.held.iter().flatten().any(|held| held.attachment == id)
+                })
+            })
+            .collect();
+        for flow in unmade {
+            self.end_flow(flow, By::Nobody);
         }
         match app {
             // Its program attaches again by itself, and shows what it holds.
-            Some(flow) => self.end_flow(flow, None),
+            Some(flow) => self.end_flow(flow, By::Nobody),
             None => {
                 if let Some(attachment) = self.attachments.get_mut(&id) {
                     attachment.again = Some(Instant::now() + AGAIN);
                 }
+            }
+        }
+    }
+
+    /// Nobody will answer these.
+    pub(crate) fn give_up(&mut self, asked: &[Asked]) {
+        for asked in asked {
+            if let Asked::Connect(flow) = asked {
+                self.end_flow(*flow, By::Nobody);
             }
         }
     }
@@ -154,7 +177,7 @@ impl Switch {
             (Some(Asked::Connect(flow)), Message::Connected { .. }) => {
                 self.connected(id, flow, &message, descriptors);
             }
-            (Some(Asked::Connect(flow)), _) => self.end_flow(flow, None),
+            (Some(Asked::Connect(flow)), _) => self.end_flow(flow, By::Nobody),
             (Some(Asked::Resume(connection)), Message::Refused { .. }) => self.cut(cid, connection),
             (None, Message::Incoming { connection, .. }) => {
                 let refusal = Refusal::NobodyListens;
@@ -222,7 +245,8 @@ impl Switch {
         let Some(guest) = self.guests.get_mut(&key.cid) else { return };
         let home = guest.home;
         let offer = Offer::new(Carrier::Switch, SMALL_DEFAULT, LARGE_DEFAULT);
-        let attachment = self.attachments.get_mut(&home).filter(|attachment| attachment.ready);
+        let attachment = self.attachments.get_mut(&home);
+        let attachment = attachment.filter(|attachment| attachment.ready && attachment.asking() < ASKING_MAX);
         let (Some(attachment), Ok(offer)) = (attachment, offer) else {
             return self.answer_reset(key.cid, header);
         };
@@ -241,6 +265,7 @@ impl Switch {
         guest.flows.insert(id);
         let mut flow = Flow::new(key, State::Asking, [Side::Guest(socket), Side::Unknown]);
         flow.held[OPENER] = Some(Held::new(home, offer));
+        flow.deadline = Some(Instant::now() + ANSWER);
         self.flows.insert(id, flow);
         self.keys.insert(key, (id, OPENER));
         self.watch_blocked(home);
@@ -256,6 +281,10 @@ impl Switch {
             _ => return self.answer_reset(key.cid, header),
         };
         let id = self.new_flow();
+        let programs = self.attachments.values().filter(|attachment| attachment.cid == key.cid).count();
+        if kind.is_none() && programs > PROGRAMS_MAX {
+            return self.answer_reset(key.cid, header);
+        }
         let kind = kind.unwrap_or_else(|| {
             let attachment = self.new_attachment(key.cid, Some(id));
             self.attach(attachment);
@@ -346,7 +375,6 @@ impl Switch {
     pub(crate) fn accepted(&mut self, id: FlowId) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         flow.state = State::Accepted;
-        flow.deadline = None;
         let Some(held) = &flow.held[ACCEPTER] else { return };
         let (offer, attachment) = (held.offer(), held.attachment);
         let accept = Message::Accept { connection: held.connection, small: offer.small, large: offer.large };
@@ -381,7 +409,7 @@ impl Switch {
             // The opener has given up meanwhile.
             self.tell(attachment, &Message::Close { connection }, &[]);
             if let Some(other) = other {
-                self.end_flow(other, None);
+                self.end_flow(other, By::Nobody);
             }
             return false;
         };
@@ -407,7 +435,7 @@ impl Switch {
     /// Both sides of a connection are with us: make one flow of the two.
     fn meet(&mut self, opener: FlowId, accepter: FlowId) {
         let Some(mut other) = self.flows.remove(&accepter).filter(|flow| !flow.ended) else {
-            return self.end_flow(opener, None);
+            return self.end_flow(opener, By::Nobody);
         };
         let Some(flow) = self.flows.get_mut(&opener) else { return };
         flow.state = State::Open;
@@ -444,7 +472,7 @@ impl Switch {
         let Some(held) = &flow.held[side] else { return };
         let (secret, small, large) = terms;
         let Ok(ends) = held.offer().join(lane, small, large, secret, kind) else {
-            return self.end_flow(id, None);
+            return self.end_flow(id, By::Nobody);
         };
         self.seat_lane(id, 1 - side, ends, Bell::Socket(bell));
         let Some(flow) = self.flows.get_mut(&id) else { return };
@@ -457,7 +485,7 @@ impl Switch {
         self.mark(id);
         let Some(Side::Lane(bridge)) = self.flows.get(&id).map(|flow| &flow.sides[1 - side]) else { return };
         if bridge.bell().is_some_and(|bell| !self.watch_bell(id, bell)) {
-            self.end_flow(id, None);
+            self.end_flow(id, By::Nobody);
         }
     }
 
@@ -496,7 +524,7 @@ impl Switch {
         let Some(bridge) = flow.bridge(side) else { return };
         let taken = bridge.push();
         if taken == Taken::Broken && bridge.gone() {
-            return self.end_flow(id, None);
+            return self.end_flow(id, By::Nobody);
         }
         self.note_taken(id, 1 - side, taken);
         self.queue(id, 1 - side);
@@ -517,7 +545,7 @@ impl Switch {
     /// The broker's order.
     pub(crate) fn cut(&mut self, cid: u32, connection: u64) {
         if let Some(id) = self.flow_of(cid, connection) {
-            self.end_flow(id, None);
+            self.end_flow(id, By::Nobody);
         }
     }
 
@@ -531,7 +559,7 @@ impl Switch {
     }
 
     /// A connection is over. Every guest on it is told, after the bytes that wait for it, but not `by`, who ended it.
-    pub(crate) fn end_flow(&mut self, id: FlowId, by: Option<u32>) {
+    pub(crate) fn end_flow(&mut self, id: FlowId, by: By) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let first = !std::mem::replace(&mut flow.ended, true);
         for side in [OPENER, ACCEPTER] {
@@ -551,7 +579,7 @@ impl Switch {
             }
             let Some(flow) = self.flows.get_mut(&id) else { return };
             match &mut flow.sides[side] {
-                Side::Guest(_) if by == Some(cid) => self.forget_side(id, side),
+                Side::Guest(_) if by == By::Side(side) || by == By::Guest(cid) => self.forget_side(id, side),
                 Side::Guest(socket) => {
                     socket.out.reset = true;
                     self.queue(id, side);
@@ -581,6 +609,12 @@ impl Switch {
         let key = flow.key_of(side);
         if matches!(flow.sides[side], Side::Guest(_)) && self.keys.get(&key) == Some(&(id, side)) {
             self.keys.remove(&key);
+        }
+        if let Side::Guest(socket) = &flow.sides[side] {
+            let kept = socket.out.data.len();
+            if let Some(guest) = self.guests.get_mut(&key.cid) {
+                guest.waiting = guest.waiting.saturating_sub(kept);
+            }
         }
         flow.sides[side] = Side::Unknown;
         if let Some(seat) = flow.seats[side].take() {

@@ -18,6 +18,8 @@ struct Part {
     region: Region,
     base: *mut u8,
     file: Arc<File>,
+    /// Bytes of a page of the file.
+    block: u64,
     guard: Guard,
 }
 
@@ -32,6 +34,18 @@ pub struct Memory {
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
+
+/// Bytes of a page of a file. Only files in memory are taken: others can make whoever touches them wait.
+fn block_size(file: &OwnedFd) -> Result<u64, Fault> {
+    const TMPFS: u64 = 0x0102_1994;
+    const HUGETLBFS: u64 = 0x9584_58F6;
+    let system = rustix::fs::fstatfs(file)?;
+    match system.f_type as u64 & 0xFFFF_FFFF {
+        TMPFS => Ok(4096),
+        HUGETLBFS => u64::try_from(system.f_bsize).map_err(|_| Fault::Memory("a file of no pages")),
+        _ => Err(Fault::Memory("a file that does not lie in memory; use memfd or /dev/shm")),
+    }
+}
 
 impl Memory {
     /// Map what the table names; one file for each region.
@@ -54,6 +68,10 @@ impl Memory {
             if ends.contains(&None) || region.offset % 4096 != 0 || region.size == 0 {
                 return Err(Fault::Memory("a region that wraps, is empty or lies between pages"));
             }
+            let block = block_size(&file)?;
+            if region.size % block != 0 || region.offset % block != 0 {
+                return Err(Fault::Memory("a region that is not whole pages of its file"));
+            }
             let file = Arc::new(File::from(file));
             let size = usize::try_from(region.size).map_err(|_| Fault::Memory("a region too large"))?;
             let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), region.offset), size)
@@ -63,7 +81,7 @@ impl Memory {
                 .map_err(|_| Fault::Memory("too many guests"))?;
             let mapping = GuestRegionMmap::new(mapping, GuestAddress(region.guest))
                 .ok_or(Fault::Memory("a region that wraps"))?;
-            parts.push(Part { region: *region, base, file, guard });
+            parts.push(Part { region: *region, base, file, block, guard });
             mapped.push(mapping);
         }
         let mapped = GuestMemoryMmap::from_regions(mapped)
@@ -94,11 +112,13 @@ impl Memory {
         Some(unsafe { part.base.add(at as usize) })
     }
 
-    /// The file, and the offset in it, of `len` bytes at a guest-physical address.
+    /// The file, and the offset in it, of `len` bytes at a guest-physical address, if they are whole pages of the file.
     #[must_use]
     pub fn file(&self, guest: u64, len: u64) -> Option<(BorrowedFd<'_>, u64)> {
         let (part, at) = self.part(guest, len)?;
-        Some((part.file.as_fd(), part.region.offset + at))
+        let offset = part.region.offset + at;
+        // The kernel would map the rest of a huge page too, over whatever lies there.
+        (offset % part.block == 0 && len % part.block == 0).then_some((part.file.as_fd(), offset))
     }
 
     fn part(&self, guest: u64, len: u64) -> Option<(&Part, u64)> {

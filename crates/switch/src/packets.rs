@@ -10,15 +10,12 @@ use isthmus_wire::vsock::{
 
 use crate::bridge::{Taken, WINDOW};
 use crate::device::TX;
-use crate::flow::{ACCEPTER, FlowId, Key, OPENER, Side, State};
+use crate::flow::{ACCEPTER, By, FlowId, Key, OPENER, Side, State};
 use crate::switch::Switch;
 use crate::vring::{Chain, Cursor, parse};
 
 /// Resets that wait for a guest that has no buffers; whatever else it sends to nobody is not answered.
 const RESETS_MAX: usize = 1024;
-/// Bytes that may wait in the switch for one guest, shared by the flows to it; each gets at least the second.
-const WINDOW_GUEST: u32 = 16 << 20;
-const WINDOW_MIN: u32 = 64 << 10;
 /// What handling a packet costs beside its bytes, as bytes.
 const PACKET_COST: usize = 2048;
 
@@ -77,9 +74,9 @@ impl Switch {
             (None, RST) => {}
             (None, REQUEST) if matches!(header.kind, STREAM | SEQPACKET) => self.open(key, &header),
             (None, _) => self.answer_reset(cid, &header),
-            (Some((id, _)), REQUEST) if matches!(header.kind, STREAM | SEQPACKET) => {
+            (Some((id, side)), REQUEST) if matches!(header.kind, STREAM | SEQPACKET) => {
                 // The guest's kernel uses the port again: to it the old connection is over, and needs no reset.
-                self.end_flow(id, Some(cid));
+                self.end_flow(id, By::Side(side));
                 if self.keys.contains_key(&key) {
                     self.answer_reset(cid, &header)
                 } else {
@@ -104,7 +101,6 @@ impl Switch {
         if flow.ended {
             return;
         }
-        let cid = flow.key_of(side).cid;
         let state = flow.state;
         let Some(socket) = flow.socket(side) else { return };
         let news = socket.credit(header);
@@ -118,7 +114,7 @@ impl Switch {
                 if side == ACCEPTER && state == State::Requested {
                     self.refuse(id, Refusal::NobodyListens);
                 }
-                return self.end_flow(id, Some(cid));
+                return self.end_flow(id, By::Side(side));
             }
             RESPONSE if side == ACCEPTER && state == State::Requested => self.accepted(id),
             RW if talks => self.handle_bytes(id, side, header, payload),
@@ -141,7 +137,7 @@ impl Switch {
                 if side == ACCEPTER && state == State::Requested {
                     self.refuse(id, Refusal::NobodyListens);
                 }
-                return self.end_flow(id, None);
+                return self.end_flow(id, By::Nobody);
             }
         }
         if news {
@@ -152,7 +148,7 @@ impl Switch {
     /// A guest's buffer has changed: the other guest hears of it, or the lane may go on.
     fn pass_credit(&mut self, id: FlowId, side: usize, op: u16) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        if flow.bridge(1 - side).is_some() {
+        if matches!(flow.sides[1 - side], Side::Lane(_) | Side::Service(_)) {
             self.queue(id, side);
         } else if op == CREDIT_UPDATE {
             if let Some(other) = flow.socket(1 - side) {
@@ -162,18 +158,12 @@ impl Switch {
         }
     }
 
-    /// How large a buffer may be announced for bytes towards this guest.
-    pub(crate) fn window(&self, cid: u32) -> u32 {
-        let flows = self.guests.get(&cid).map_or(1, |guest| guest.flows.len().max(1));
-        (WINDOW_GUEST / u32::try_from(flows).unwrap_or(u32::MAX)).max(WINDOW_MIN)
-    }
-
     fn handle_bytes(&mut self, id: FlowId, side: usize, header: &Header, mut payload: Cursor<'_>) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let Some(socket) = flow.socket(side) else { return };
         if !socket.receive(header.len) {
             // More than it was told it may send.
-            return self.end_flow(id, None);
+            return self.end_flow(id, By::Nobody);
         }
         let mut pieces = Vec::new();
         let mut left = header.len as usize;
@@ -207,7 +197,7 @@ impl Switch {
     /// The lane took bytes of this guest's: it may send more.
     pub(crate) fn note_taken(&mut self, id: FlowId, side: usize, taken: Taken) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        let Taken::Bytes(bytes) = taken else { return self.end_flow(id, None) };
+        let Taken::Bytes(bytes) = taken else { return self.end_flow(id, By::Nobody) };
         let Some(socket) = flow.socket(side) else { return };
         socket.taken = socket.taken.wrapping_add(bytes as u32);
         // Linux sends no more than its own receive buffer holds, whatever it was granted.
@@ -240,7 +230,7 @@ impl Switch {
                 self.end_if_done(id);
             }
             // It closes, and is told that we have.
-            Side::Service(_) if shut == both => self.end_flow(id, None),
+            Side::Service(_) if shut == both => self.end_flow(id, By::Nobody),
             Side::Service(_) | Side::Waiting(_) | Side::Unknown => {}
         }
     }
@@ -252,7 +242,7 @@ impl Switch {
         for side in [OPENER, ACCEPTER] {
             let shut = flow.socket(side).is_some_and(|socket| socket.shut == both);
             if shut && flow.bridge(1 - side).is_some_and(|bridge| bridge.flushed() || bridge.gone()) {
-                return self.end_flow(id, None);
+                return self.end_flow(id, By::Nobody);
             }
         }
     }

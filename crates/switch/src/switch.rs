@@ -14,10 +14,12 @@ use rustix::net::SocketFlags;
 use crate::Fault;
 use crate::attachment::Attachment;
 use crate::device::{Changed, Device, RX, TX};
-use crate::flow::{Flow, FlowId, Key};
+use crate::flow::{By, Flow, FlowId, Key};
 use crate::seat::{Begun, Seat};
 use crate::vring::Chain;
 
+/// Messages of one monitor before others get their turn.
+const MESSAGES_A_TURN: usize = 8;
 /// With neither a broker nor a guest for so long, nobody will come.
 const LONELY: Duration = Duration::from_secs(5);
 /// Between attempts to reach a broker that is gone.
@@ -67,6 +69,8 @@ pub(crate) struct Guest {
     /// Its transmit queue waits to be served; and on what terms that is.
     pub(crate) marked: bool,
     pub(crate) terms: Terms,
+    /// Bytes that wait here until it has buffers.
+    pub(crate) waiting: usize,
     /// It has buffers for more than it got in its turn.
     pub(crate) pressed: bool,
     state: GuestState,
@@ -292,6 +296,7 @@ impl Switch {
                 begun: None,
                 marked: false,
                 terms: Terms::default(),
+                waiting: 0,
                 pressed: false,
                 state: GuestState::Waiting,
             };
@@ -330,7 +335,7 @@ impl Switch {
     }
 
     fn hear_monitor(&mut self, cid: u32) {
-        loop {
+        for _ in 0..MESSAGES_A_TURN {
             let Some(device) = self.guests.get_mut(&cid).and_then(|guest| guest.device.as_mut()) else {
                 return;
             };
@@ -398,7 +403,7 @@ impl Switch {
         let Some(guest) = self.guests.get_mut(&cid) else { return };
         let flows: Vec<FlowId> = guest.flows.iter().copied().collect();
         for flow in flows {
-            self.end_flow(flow, Some(cid));
+            self.end_flow(flow, By::Guest(cid));
         }
     }
 
@@ -440,6 +445,10 @@ impl Switch {
     /// Report also when the broker's socket can be written again, while something waits for that.
     pub(crate) fn watch_blocked(&mut self, id: u64) {
         let Some(attachment) = self.attachments.get_mut(&id) else { return };
+        if attachment.overflowed {
+            // A broker that does not read so much is none; the next one is shown what is held.
+            return self.lose_broker(id);
+        }
         let blocked = attachment.blocked();
         if let Some(socket) = attachment.socket.as_ref().filter(|_| blocked != attachment.watched) {
             let _ = self.set.watch(socket.as_fd(), Topic::Attachment.token(id), blocked);

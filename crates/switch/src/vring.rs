@@ -6,7 +6,7 @@
 use std::os::fd::OwnedFd;
 
 use isthmus_wire::vhost_user::VringAddr;
-use isthmus_wire::vsock::Header;
+use isthmus_wire::vsock::{Header, PAYLOAD_MAX};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 
@@ -114,10 +114,12 @@ impl Vring {
         let Some(found) = available.next() else { return Ok(false) };
         chain.head = found.head_index();
         chain.pieces.clear();
-        let size = usize::from(self.num);
+        // An indirect table may name more than the queue has; no driver's packet does.
+        let mut left = usize::from(self.num);
         for descriptor in found {
             let (at, len) = (descriptor.addr().0, descriptor.len());
-            let piece = memory.at(at, len.into()).filter(|_| chain.pieces.len() < size);
+            let piece = memory.at(at, len.into()).filter(|_| left > 0);
+            left = left.saturating_sub(1);
             let Some(piece) = piece else { return Err(Fault::Queue("a chain outside the guest's memory")) };
             if descriptor.is_write_only() == writable {
                 chain.pieces.push((piece, len as usize));
@@ -270,6 +272,9 @@ pub fn parse(chain: &Chain) -> Result<(Header, Cursor<'_>), Fault> {
         return Err(Fault::Queue("a packet shorter than its header"));
     }
     let header = Header::decode(&bytes)?;
+    if header.len > PAYLOAD_MAX {
+        return Err(Fault::Queue("a packet longer than any driver sends"));
+    }
     if cursor.left() < header.len as usize {
         return Err(Fault::Queue("a packet shorter than its header says"));
     }
