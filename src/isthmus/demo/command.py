@@ -18,6 +18,7 @@ from rich.table import Table
 
 from isthmus.cli.output import EXIT_FAILED, Problem
 from isthmus.demo import sandbox
+from isthmus.demo.guests import show as show_guests
 from isthmus.testing import PrivateBroker
 
 __all__ = ["main"]
@@ -86,13 +87,15 @@ class Neighbour:
     help="Where the figures and the plots go.",
 )
 @click.option("--bench/--no-bench", default=True, help="End with a short benchmark.")
+@click.option("--guests/--no-guests", default=True, help="Begin with two virtual machines.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end and nothing else.")
-def main(file_size: str, out: Path, bench: bool, as_json: bool) -> None:
-    """Two isolated neighbours at work.
+def main(file_size: str, out: Path, bench: bool, guests: bool, as_json: bool) -> None:
+    """Two virtual machines, then two isolated neighbours, at work.
 
-    Starts a broker of its own, makes two containers that share nothing but their door, and moves a web page,
-    a file and NumPy arrays between them, hashed at both ends. Then says which path each connection took and
-    why, and how fast that is beside what containers use today.
+    Boots two small guests where this machine can, and shows sockets between them. Then starts a broker of its
+    own, makes two containers that share nothing but their door, and moves a web page, a file and NumPy arrays
+    between them, hashed at both ends. Says which path each connection took and why, and how fast that is
+    beside what is used today.
     """
     size = _bytes(file_size)
     if reason := sandbox.missing():
@@ -104,6 +107,8 @@ def main(file_size: str, out: Path, bench: bool, as_json: bool) -> None:
         )
     console = Console(quiet=as_json)
     summary: dict[str, Any] = {}
+    if guests:
+        summary["guests"] = show_guests(console, bench=bench)
     with ExitStack() as stack:
         broker = stack.enter_context(PrivateBroker(DOMAINS))
         console.print(f"[bold]broker[/] {broker.pid}, one door for each of {' and '.join(DOMAINS)}")
