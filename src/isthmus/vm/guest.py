@@ -251,10 +251,14 @@ class Guest:
         return self._processes[-1].pid
 
     def signal(self, number: int) -> None:
-        """Send a signal to every process of the monitor: SIGSTOP pauses the guest, SIGCONT resumes it."""
+        """Send a signal to the monitor's processes: SIGSTOP pauses the guest, SIGCONT resumes it.
+
+        Programs in user-mode Linux are processes that its kernel traces; a signal to them would be the guest's.
+        """
         for pid in descendants(self.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+            with contextlib.suppress(OSError):
+                if "\nTracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text():
+                    os.kill(pid, number)
 
     def stop(self) -> None:
         """End the guest at once, as by pulling its plug. Harmless when repeated."""

@@ -1,0 +1,175 @@
+"""Guests and the switch that stop, die and come back, and rules that hold between guests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import becomes
+from guests import LIMIT_S, Node, needs
+
+pytestmark = needs("uml")
+
+ECHO = """
+    import isthmus
+    with isthmus.create_server(("", {port})) as listener:
+        print("listening")
+        sock, _ = listener.accept()
+        while data := sock.recv(1 << 16):
+            sock.sendall(data)
+"""
+PLAIN_ECHO = """
+    import socket
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
+        listener.bind((socket.VMADDR_CID_ANY, {port}))
+        listener.listen(8)
+        print("listening")
+        sock, _ = listener.accept()
+        while data := sock.recv(1 << 16):
+            sock.sendall(data)
+"""
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    with Node("uml", guests=("a", "b"), containers=("c",), agents=True) as node:
+        yield node
+
+
+def switch_of(node: Node) -> int:
+    """The switch's process."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        words = entry.read_bytes().split(b"\0")
+        if b"switch" in words and os.fsencode(node.broker.directory) in words:
+            return int(entry.parent.name)
+    raise AssertionError("there is no switch")
+
+
+def connected(node: Node, code: str, port: int) -> socket.socket:
+    """A connection of the container c to a program of the guest b that sends back what it gets."""
+    assert node["b"].python(code.format(port=port)).line() == "listening"
+    sock = node.connect("c", "b", port)
+    sock.sendall(b"before")
+    assert sock.recv(100) == b"before"
+    return sock  # type: ignore[return-value]  # a socket in all but name
+
+
+@pytest.mark.parametrize("code", [ECHO, PLAIN_ECHO], ids=["isthmus", "plain"])
+def test_a_killed_guest_s_peers_are_told_and_it_can_boot_again(node: Node, code: str) -> None:
+    sock = connected(node, code, 9300)
+    with sock:
+        node["b"].stop()
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    becomes(lambda: node.device("b") == "waiting")
+    node.boot("b").guest.wait_ready()
+    node.start_agent("b")
+    connected(node, code, 9301).close()
+
+
+def test_a_paused_guest_goes_on_where_it_was_and_stalls_nobody(node: Node) -> None:
+    plain, fast = connected(node, PLAIN_ECHO, 9310), connected(node, ECHO, 9311)
+    with plain, fast:
+        node["b"].guest.signal(signal.SIGSTOP)
+        for sock in (plain, fast):
+            sock.sendall(b"x" * 200_000)
+        # Meanwhile others are served.
+        listener = node.listen("c", 7300)
+        client = node["a"].python("""
+            import isthmus
+            with isthmus.create_connection(("c", 7300), 30) as sock:
+                sock.sendall(b"hello")
+                print(sock.recv(100))
+        """)
+        with listener:
+            other, _ = listener.accept()
+            with other:
+                other.sendall(other.recv(100))
+                assert client.line() == "b'hello'"
+        time.sleep(1)
+        node["b"].guest.signal(signal.SIGCONT)
+        for sock in (plain, fast):
+            got = b""
+            while len(got) < 200_000:
+                got += sock.recv(1 << 20)
+            assert got == b"x" * 200_000
+
+
+def test_a_killed_switch_is_told_at_once_and_another_one_serves_new_guests(node: Node) -> None:
+    fast = connected(node, ECHO, 9320)
+    client = node["a"].python("""
+        import isthmus, time
+        sock = isthmus.create_connection(("c", 7320), 30)
+        print("connected")
+        try:
+            sock.recv(1)
+        except OSError as error:
+            print("told")
+    """)
+    with fast, node.listen("c", 7320) as listener:
+        other, _ = listener.accept()
+        with other:
+            assert client.line() == "connected"
+            os.kill(switch_of(node), signal.SIGKILL)
+            began = time.monotonic()
+            for sock in (fast, other):
+                with pytest.raises(ConnectionResetError):
+                    sock.recv(1)
+            assert client.line() == "told"
+            assert time.monotonic() - began < LIMIT_S / 2
+    for name in "ab":
+        node[name].stop()
+    becomes(lambda: node.device("b") == "waiting")
+    node.boot("b").guest.wait_ready()
+    node.start_agent("b")
+    connected(node, ECHO, 9321).close()
+
+
+def test_a_removed_domain_s_connections_are_cut(node: Node) -> None:
+    with connected(node, ECHO, 9330) as fast, connected(node, PLAIN_ECHO, 9331) as plain:
+        node.broker.ask("domain-remove", name="b")
+        for sock in (fast, plain):
+            with pytest.raises(ConnectionAbortedError):
+                sock.recv(1)
+
+
+RATE = """
+[[rule]]
+from = "a"
+to = "c"
+action = "accept"
+rate = "80Mbit"
+
+[[rule]]
+from = "*"
+to = "*"
+action = "accept"
+"""
+
+
+def test_a_rate_holds_for_a_guest_s_program() -> None:
+    size = 15_000_000
+    with Node("uml", guests=("a",), containers=("c",), policy=RATE, agents=True) as node:
+        explained = node.broker.ask("explain", **{"from": "a", "to": "c", "port": 7340})["ranges"][0]
+        assert explained["path"] == "switch"
+        assert not any("not enforced" in note for note in explained["notes"])
+        with node.listen("c", 7340) as listener:
+            node["a"].python(f"""
+                import isthmus
+                with isthmus.create_connection(("c", 7340), 60) as sock:
+                    sock.sendall(bytes({size}))
+            """)
+            sock, _ = listener.accept()
+            with sock:
+                began, got = time.monotonic(), 0
+                while data := sock.recv(1 << 20):
+                    got += len(data)
+                took = time.monotonic() - began
+        assert got == size
+        # 10 MB a second; what was in the rings and the bucket at the beginning came at once.
+        assert took > 0.8, took
