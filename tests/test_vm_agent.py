@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -172,6 +174,14 @@ def test_names_status_and_refusals_are_as_in_a_container(node: Node) -> None:
     """)
     assert program.line() == f"a ({node.number('b')}, 'b')"
     assert [program.line() for _ in range(4)] == ["UnknownDomain", "NobodyListens", "a", "PathUnavailable"]
+
+
+def test_the_doctor_says_what_a_guest_can_use(node: Node) -> None:
+    doctor = node["a"].run([sys.executable, "-m", "isthmus", "doctor", "--json"])
+    doctor.code()
+    found = {finding["check"]: finding for finding in json.loads(node["a"].text(doctor.number))}
+    assert found["guest"]["what"] == f"a guest; its number is {node.number('a')}"
+    assert found["agent"]["state"] == "ok"
 
 
 def test_a_hundred_connections_one_after_the_other(node: Node) -> None:

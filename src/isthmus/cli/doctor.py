@@ -26,6 +26,9 @@ KERNEL_LEAST = (5, 14)
 KERNEL_COLLAPSE = (6, 1)
 #: Enough descriptors for a few hundred connections at once.
 DESCRIPTORS_LEAST = 4096
+#: The smallest number of a guest, and the huge pages that one connection in it takes.
+GUEST_CID_MIN = 3
+SEAT_HUGE_PAGES = 4
 HUGE = 2 << 20
 
 _F_ADD_SEALS = 1033
@@ -243,6 +246,43 @@ def check_namespaces() -> Iterator[Finding]:
         )
 
 
+def check_guest() -> Iterator[Finding]:
+    """In a virtual machine: the socket device, and what makes lanes fast."""
+    from isthmus.vsock import local_cid
+
+    try:
+        cid = local_cid()
+    except OSError:
+        return  # Not a guest with a socket device; nothing to say.
+    if cid < GUEST_CID_MIN or cid > 0xFFFF_FFF0:
+        return
+    yield Finding("guest", "ok", f"a guest; its number is {cid}")
+    door = Path("/run/isthmus/door/door")
+    if not door.exists():
+        yield Finding(
+            "agent", "warn", "no agent: programs have plain AF_VSOCK only", "as root: isthmus agent &"
+        )
+        return
+    yield Finding("agent", "ok", f"programs find their door at {door}")
+    try:
+        pages = int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
+    except (OSError, ValueError):
+        pages = 0
+    what = f"{pages} huge pages of 2 MiB are free"
+    if pages >= SEAT_HUGE_PAGES:
+        yield Finding("huge pages", "ok", what)
+    else:
+        yield Finding(
+            "huge pages", "warn", what, "hugepages=16 on the kernel command line; four a connection"
+        )
+    if "iomem=relaxed" in Path("/proc/cmdline").read_text():
+        yield Finding("doorbell", "ok", "programs of root may ring by a store, where the device is on PCI")
+    elif Path("/sys/bus/pci/drivers/virtio-pci").exists():
+        yield Finding(
+            "doorbell", "warn", "each bell is a system call", "iomem=relaxed on the kernel command line"
+        )
+
+
 def check_broker(directory: Path) -> Iterator[Finding]:
     door = door_from_environment()
     try:
@@ -274,6 +314,7 @@ CHECKS: tuple[Check, ...] = (
     check_neighbours,
     check_stalls,
     check_namespaces,
+    check_guest,
 )
 
 

@@ -253,7 +253,7 @@ class Guest:
     def signal(self, number: int) -> None:
         """Send a signal to the monitor's processes: SIGSTOP pauses the guest, SIGCONT resumes it.
 
-        Programs in user-mode Linux are processes that its kernel traces; a signal to them would be the guest's.
+        In user-mode Linux programs are processes that its kernel traces: their signals would be the guest's.
         """
         for pid in descendants(self.pid):
             with contextlib.suppress(OSError):
