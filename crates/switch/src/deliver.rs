@@ -66,6 +66,9 @@ impl Switch {
             }
             if let Some(guest) = self.guests.get_mut(&cid) {
                 guest.resets.pop_front();
+                if std::mem::take(&mut guest.held_back) {
+                    self.mark_guest(cid);
+                }
             }
         }
         // Whatever is queued again meanwhile waits for the next turn.

@@ -83,8 +83,7 @@ impl Switch {
         if self.swept.elapsed() >= Duration::from_secs(1) {
             self.swept = now;
             self.check_seats();
-            let late =
-                |flow: &Flow| flow.deadline.is_some_and(|at| at <= now) && flow.state == State::Requested;
+            let late = |flow: &Flow| flow.deadline.is_some_and(|at| at <= now) && flow.state != State::Open;
             let late: Vec<FlowId> =
                 self.flows.iter().filter(|(_, flow)| late(flow)).map(|(id, _)| *id).collect();
             for id in late {

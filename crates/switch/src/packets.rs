@@ -14,7 +14,7 @@ use crate::flow::{ACCEPTER, By, FlowId, Key, OPENER, Side, State};
 use crate::switch::Switch;
 use crate::vring::{Chain, Cursor, parse};
 
-/// Resets that wait for a guest that has no buffers; whatever else it sends to nobody is not answered.
+/// Resets that wait for a guest that has no buffers; until it has, nothing more is taken from it.
 const RESETS_MAX: usize = 1024;
 /// What handling a packet costs beside its bytes, as bytes.
 const PACKET_COST: usize = 2048;
@@ -32,9 +32,13 @@ impl Switch {
     fn take_into(&mut self, cid: u32, budget: usize, chain: &mut Chain) -> (usize, bool) {
         let mut cost = 0;
         while cost < budget {
-            let Some(device) = self.guests.get_mut(&cid).and_then(|guest| guest.device.as_mut()) else {
+            let Some(guest) = self.guests.get_mut(&cid) else { return (cost, false) };
+            if guest.resets.len() >= RESETS_MAX {
+                // It goes on when it has taken some; see `deliver`.
+                guest.held_back = true;
                 return (cost, false);
-            };
+            }
+            let Some(device) = guest.device.as_mut() else { return (cost, false) };
             let Some((vring, memory)) = device.vring(TX) else { return (cost, false) };
             let memory = Arc::clone(memory);
             if cost == 0 {
@@ -90,7 +94,7 @@ impl Switch {
     /// Nobody knows what this packet is about: say so. A reset is never answered.
     pub(crate) fn answer_reset(&mut self, cid: u32, header: &Header) {
         if let Some(guest) = self.guests.get_mut(&cid) {
-            if header.op != RST && guest.resets.len() < RESETS_MAX {
+            if header.op != RST {
                 guest.resets.push_back(header.answer(RST));
             }
         }

@@ -63,6 +63,8 @@ pub(crate) struct Guest {
     pub(crate) flows: HashSet<FlowId>,
     /// Packets of it that nobody has a flow for, to be answered by resets.
     pub(crate) resets: VecDeque<isthmus_wire::vsock::Header>,
+    /// So many of those that nothing more is taken from it.
+    pub(crate) held_back: bool,
     /// Memory of its for lanes, by the agent's numbers; and the one whose pages are being named.
     pub(crate) seats: HashMap<u32, Place>,
     pub(crate) begun: Option<(FlowId, Begun)>,
@@ -292,6 +294,7 @@ impl Switch {
                 ready: VecDeque::new(),
                 flows: HashSet::new(),
                 resets: VecDeque::new(),
+                held_back: false,
                 seats: HashMap::new(),
                 begun: None,
                 marked: false,
