@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -80,7 +81,7 @@ class Guests:
             domain = self._broker.ask("domain-add", name=name, group=None, uid=None, kind="vm")
             self._devices[name] = domain["socket"]
         while any(d["device"] == "no switch" for d in self._broker.ask("domain-list")["domains"]):
-            pass
+            time.sleep(0.01)
         stack.callback(self._stop)
 
     def _stop(self) -> None:
