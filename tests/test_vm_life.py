@@ -173,3 +173,29 @@ def test_a_rate_holds_for_a_guest_s_program() -> None:
         assert got == size
         # 10 MB a second; what was in the rings and the bucket at the beginning came at once.
         assert took > 0.8, took
+
+
+def test_sixteen_guests_at_once_cost_the_switch_little() -> None:
+    names = tuple(f"g{number}" for number in range(16))
+    with Node("uml", guests=names, containers=("c",)) as node:
+        with node.listen("c", 7350) as listener:
+            programs = [
+                node[name].python(f"""
+                    import socket
+                    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+                        sock.connect(({node.number("c")}, 7350))
+                        sock.sendall(b"{name}")
+                        print(sock.recv(100).decode())
+                """)
+                for name in names
+            ]
+            for _ in names:
+                sock, (who, _) = listener.accept()
+                with sock:
+                    assert sock.recv(100).decode() == who
+                    sock.sendall(f"hello {who}".encode())
+            assert [program.line() for program in programs] == [f"hello {name}" for name in names]
+        status = Path(f"/proc/{switch_of(node)}/status").read_text()
+        anonymous_kib = int(status.partition("RssAnon:")[2].split()[0])
+        # What the interpreter takes is in it.
+        assert anonymous_kib < 16 * 4 * 1024
