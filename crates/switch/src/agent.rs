@@ -133,11 +133,11 @@ impl Switch {
                 }
             }
             Message::Resume { connection, .. } => {
-                let page =
-                    self.flow_of(cid, connection).and_then(|flow| self.take_up(flow, cid, connection, id));
+                let held = self.flow_of(cid, connection).and_then(|flow| self.held_by(flow, cid, connection));
+                let page = held.and_then(|held| held.offer().counters_descriptor().ok());
                 let attachment = self.attachments.get_mut(&id)?;
                 let descriptors: Vec<_> = page.iter().map(std::os::fd::AsFd::as_fd).collect();
-                attachment.pass(request, &message, &descriptors);
+                attachment.pass_asked(Asked::Resume(connection), request, &message, &descriptors);
             }
             Message::Bind { port: ANY_PORT, .. } => {
                 let text = "bind: only the switch stands for all ports of a guest";
@@ -191,6 +191,15 @@ impl Switch {
             Message::Terms { connection, class, weight, rate } => {
                 self.note_terms(cid, connection, Terms { class, weight, rate });
                 return Some(());
+            }
+            Message::Done {} => {
+                if let Some(Asked::Resume(connection)) = asked {
+                    // The broker has seen the ticket: from now on the connection is this attachment's.
+                    let flow = self.flow_of(cid, connection);
+                    if let Some(held) = flow.and_then(|flow| self.held_by(flow, cid, connection)) {
+                        held.attachment = id;
+                    }
+                }
             }
             _ => {
                 if let Some(Asked::Connect(flow)) = asked {
@@ -316,17 +325,14 @@ impl Switch {
         self.mark(id);
     }
 
-    /// A program shows a new broker the connection that it holds: from now on it is this attachment's. Returns the
-    /// page with its totals.
-    fn take_up(&mut self, flow: FlowId, cid: u32, connection: u64, attachment: u64) -> Option<OwnedFd> {
+    /// This guest's side of a connection, as the broker knows it.
+    fn held_by(&mut self, flow: FlowId, cid: u32, connection: u64) -> Option<&mut Held> {
         let flow = self.flows.get_mut(&flow)?;
         let keys = flow.keys;
         let (held, _) = flow.held.iter_mut().zip(keys).find(|(held, key)| {
             key.cid == cid && held.as_ref().is_some_and(|held| held.connection == connection)
         })?;
-        let held = held.as_mut()?;
-        held.attachment = attachment;
-        held.offer().counters_descriptor().ok()
+        held.as_mut()
     }
 
     // ---- seats
