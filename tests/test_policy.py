@@ -316,3 +316,10 @@ def test_the_page_about_policies_lists_every_limit_and_its_example_is_a_policy()
     assert blocks
     for block in blocks:
         parse(block.partition("```")[0])
+
+
+def test_a_domain_is_a_container_unless_the_file_says_vm() -> None:
+    policy = parse('[[domain]]\nname = "a"\n[[domain]]\nname = "b"\nkind = "vm"\n', "p.toml")
+    assert [policy.domains[name].kind for name in "ab"] == ["container", "vm"]
+    with pytest.raises(PolicyError, match=r"p\.toml:3: .*kind.*'pod' is not one of container, vm"):
+        parse('[[domain]]\nname = "a"\nkind = "pod"\n', "p.toml")

@@ -13,7 +13,9 @@ import pytest
 from conftest import becomes
 from guests import Node, needs
 
+import isthmus
 from isthmus.testing import PrivateBroker
+from isthmus.vm import FORMATS, attachment_lines
 
 MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=needs("qemu"))]
 
@@ -104,6 +106,14 @@ def test_a_container_reaches_a_guest(node: Node) -> None:
     assert server.line() == f"{node.number('c')} {len(data)}"
 
 
+def test_each_buffer_is_the_ring_that_it_names(node: Node) -> None:
+    server = node["b"].python(SERVER.format(port=9010))
+    assert server.line() == "listening"
+    with isthmus.create_connection(("b", 9010), 30, node=node.attach("c"), rings=(4096, 65536)) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 65536
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > 65536
+
+
 def test_nobody_listens_in_the_guest(node: Node) -> None:
     with pytest.raises(ConnectionRefusedError):
         node.connect("c", "b", 4321)
@@ -177,3 +187,12 @@ def test_what_a_guest_writes_is_gone_with_it_and_its_exit_code_is_returned(tmp_p
         assert (done.stdout, done.returncode) == ("hello 0\nx\n", 7), done.stderr
         assert not (tmp_path / "file").exists()
         assert broker.ask("domain-list")["domains"] == []
+
+
+def test_the_lines_of_each_monitor_name_the_socket_whatever_its_name() -> None:
+    for format in FORMATS:
+        assert "/run/a/vsock" in attachment_lines("/run/a/vsock", format)
+    assert "path=/run/a,,b/vsock" in attachment_lines("/run/a,b/vsock", "qemu")
+    assert "path=/run/a&apos;&amp;/vsock" in attachment_lines("/run/a'&/vsock", "libvirt")
+    with pytest.raises(ValueError, match="hyper-v"):
+        attachment_lines("/run/a/vsock", "hyper-v")

@@ -96,11 +96,15 @@ def vsock_connect(port: int, kind: int, *, privileged: bool = False) -> socket.s
 class Seat:
     """A seat, and the bell of whoever sits there."""
 
-    def __init__(self, number: int, small: int, large: int, *, huge: bool) -> None:
+    def __init__(self, number: int, small: int, large: int) -> None:
         self.number = number
         self.small = small
         self.large = large
-        self.memory = _native.Seat(small, large, huge)
+        try:
+            self.memory = _native.Seat(small, large, huge=True)
+        except OSError:
+            # The guest has no huge pages left that it reserved; pinned ordinary ones serve as well.
+            self.memory = _native.Seat(small, large)
         self.bell: socket.socket | None = None
 
 
@@ -165,7 +169,7 @@ class Seats:
         """
         self._last += 1
         number = self._last
-        seat = await asyncio.to_thread(Seat, number, small, large, huge=huge_pages_free(small, large))
+        seat = await asyncio.to_thread(Seat, number, small, large)
         count = seat.memory.count
         packets: list[tuple[str, dict[str, Any]]] = [
             ("seat", {"seat": number, "small": small, "large": large, "runs": count})
@@ -198,16 +202,6 @@ class Seats:
             seat.bell = None
         with contextlib.suppress(AgentError, OSError, asyncio.TimeoutError, TimeoutError):
             await self._ask(("seat-gone", {"seat": seat.number}))
-
-
-def huge_pages_free(small: int, large: int) -> bool:
-    """Has the guest reserved enough huge pages for a seat?"""
-    wanted = 2 * (1 + -(-large // (2 << 20))) if large else 2
-    try:
-        free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text()
-    except OSError:
-        return False
-    return int(free) >= wanted
 
 
 class Program:

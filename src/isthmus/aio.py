@@ -104,7 +104,7 @@ class Connection:
 
     @property
     def path(self) -> str:
-        """What carries the connection: ``sealed`` or ``put``."""
+        """What carries the connection: ``sealed``, ``put`` or ``switch``."""
         return self.native.path
 
     @property
@@ -360,7 +360,7 @@ async def connect(
     address : "domain:port" or (domain, port)
         Domain by name or number.
     kind : {"stream", "seqpacket"}
-    require : {"sealed", "put"}, optional
+    require : {"sealed", "put", "switch"}, optional
         Take this path or none.
     node : Node, optional
         The attachment; by default that of `isthmus.attach()`.

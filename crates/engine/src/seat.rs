@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use isthmus_ring::Geometry;
 use isthmus_ring::layout::{LARGE_AT, PAGE, SMALL_AT};
-use isthmus_sys::mapping::{HUGE, Mapping};
+use isthmus_sys::mapping::Mapping;
 use isthmus_sys::{memory, pin};
 
 use crate::error::{Error, Result};
@@ -98,10 +98,4 @@ pub fn parts(geometry: Geometry) -> Vec<(usize, usize)> {
         parts.push((LARGE_AT, geometry.large()));
     }
     parts
-}
-
-/// Huge pages that one seat takes.
-#[must_use]
-pub fn huge_pages(geometry: Geometry) -> usize {
-    2 * seat_stride(geometry) / HUGE
 }

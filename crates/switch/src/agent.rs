@@ -9,15 +9,13 @@ use std::time::Instant;
 
 use isthmus_engine::lane::{Offer, record_kind};
 use isthmus_proto::sched::Terms;
-use isthmus_wire::control::{
-    self, ANY_PORT, Carrier, FEATURE_GUEST, MESSAGE_MAX, Message, Refusal, SocketKind,
-};
+use isthmus_wire::control::{self, ANY_PORT, Carrier, FEATURE_GUEST, MESSAGE_MAX, Message, Refusal};
 use isthmus_wire::vsock::{SEQ_EOM, SEQPACKET};
 
 use crate::attachment::Asked;
 use crate::bridge::Bell;
 use crate::flow::{ACCEPTER, By, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, State};
-use crate::home::{ANSWER, socket_kind};
+use crate::home::{ANSWER, packet_kind, socket_kind};
 use crate::seat::{Begun, RUNS_MAX, SEATS_MAX};
 use crate::switch::{Place, Switch};
 use crate::vring::Cursor;
@@ -169,7 +167,7 @@ impl Switch {
                 return Some(());
             }
             Message::Incoming { connection, from, from_port, port, kind, .. } => {
-                let kind = if kind == SocketKind::Stream { isthmus_wire::vsock::STREAM } else { SEQPACKET };
+                let kind = packet_kind(kind);
                 let key = Key { cid: from, port: from_port, peer: cid, peer_port: port, kind };
                 if self.accept_flow(id, key, Side::Unknown, &message, descriptors).is_none() {
                     let refusal = Refusal::LimitReached;
@@ -245,7 +243,7 @@ impl Switch {
         let flow_id = self.last_flow;
         place.flow = Some((flow_id, OPENER));
         guest.flows.insert(flow_id);
-        let wire = if kind == SocketKind::Stream { isthmus_wire::vsock::STREAM } else { SEQPACKET };
+        let wire = packet_kind(kind);
         let key = Key { cid, port: from_port, peer: 0, peer_port: to_port, kind: wire };
         let mut flow = Flow::new(key, State::Asking, [Side::Unknown, Side::Unknown]);
         flow.seats[OPENER] = Some(seat);

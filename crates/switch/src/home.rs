@@ -40,7 +40,7 @@ pub(crate) fn socket_kind(kind: u16) -> SocketKind {
     if kind == SEQPACKET { SocketKind::Seqpacket } else { SocketKind::Stream }
 }
 
-fn packet_kind(kind: SocketKind) -> u16 {
+pub(crate) fn packet_kind(kind: SocketKind) -> u16 {
     if kind == SocketKind::Stream { STREAM } else { SEQPACKET }
 }
 

@@ -231,7 +231,7 @@ mod tests {
     use proptest::prelude::*;
     use std::{string::ToString, vec::Vec};
 
-    /// Messages recorded from QEMU 7.2 and user-mode Linux 6.1, and what they say.
+    /// Messages as QEMU 7.2 and user-mode Linux 6.1 send them, and what they say.
     fn golden() -> Vec<(Vec<u8>, Message)> {
         let expected = |name: &str| match name {
             "qemu-get-features" => Message::GetFeatures,

@@ -226,7 +226,7 @@ def _adapt(name: str, module: str, paths: tuple[str | None, ...], options: dict[
 
     base = importlib.import_module(f"isthmus.bench.transports.{module}").TRANSPORT
 
-    class Between(base):  # type: ignore[misc, valid-type]
+    class Between(base):  # type: ignore[misc, valid-type]  # the class is chosen by name
         """Both ends are in guests."""
 
         def missing(self) -> str | None:
@@ -235,7 +235,7 @@ def _adapt(name: str, module: str, paths: tuple[str | None, ...], options: dict[
         def refuses(self, case: Any) -> str | None:
             if case.bench == "connect" or case.client == "asyncio" or case.beside is not None:
                 return f"{self.name} is not measured so between guests"
-            return super().refuses(case)  # type: ignore[no-any-return]
+            return super().refuses(case)  # type: ignore[no-any-return]  # so its base is unknown to mypy
 
         def prepare(self, stack: ExitStack, settings: Settings) -> Setup:
             return GuestSetup(options={role: options for role in ("server", "client")})

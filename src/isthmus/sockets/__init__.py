@@ -42,7 +42,7 @@ def create_connection(
     timeout : float or None, seconds
         For connecting and for everything after; by default that of `socket.getdefaulttimeout`.
     type : {SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM}, default SOCK_STREAM
-    require : {"sealed", "put"}, optional
+    require : {"sealed", "put", "switch"}, optional
         Take this path or none.
     rings : int or (int, int), bytes, optional
         Size of this side's ring; see `Socket`.

@@ -184,9 +184,9 @@ class Lanes(End):
         connection = self._connection
         if connection is None:
             return super().buffers()
-        # The ring of a direction is its sender's memory on the sealed path, its receiver's on the put path.
+        # The ring of a direction is its receiver's memory on the put path, its sender's on every other.
         own, theirs = max(connection.rings), max(connection.peer_rings)
-        return (own, theirs) if connection.path == "sealed" else (theirs, own)
+        return (theirs, own) if connection.path == "put" else (own, theirs)
 
     def take_error(self) -> int:
         error = self._failed()

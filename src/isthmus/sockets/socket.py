@@ -110,7 +110,7 @@ class Socket:
         ``SOCK_NONBLOCK`` and ``SOCK_CLOEXEC`` may be or-ed in.
     node : Node, optional
         The attachment; by default that of `isthmus.attach`.
-    require : {"sealed", "put"}, optional
+    require : {"sealed", "put", "switch"}, optional
         Take this path or none. A listener closes connections that came another way.
     rings : int or (int, int), bytes, optional
         Size of this side's ring, or of the small ring a connection begins with and the large one it grows to.
@@ -235,7 +235,7 @@ class Socket:
 
     @property
     def path(self) -> str | None:
-        """What carries the connection: ``"sealed"`` or ``"put"``; None while there is none."""
+        """What carries the connection: ``"sealed"``, ``"put"``, ``"switch"``; None while there is none."""
         connection = self._end.connection
         return None if connection is None else connection.path
 

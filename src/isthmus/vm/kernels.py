@@ -35,8 +35,7 @@ class Kernel:
 
     def module(self, name: str) -> Path | None:
         """A module's file, or None if it is built in or not there."""
-        found = self._files().get(name.replace("-", "_"))
-        return None if found is None else found
+        return self._files().get(name.replace("-", "_"))
 
     def _files(self) -> dict[str, Path]:
         files = {}
