@@ -203,6 +203,42 @@ def test_a_hundred_connections_one_after_the_other(node: Node) -> None:
     server.kill()
 
 
+def test_a_program_that_closes_late_spoils_no_later_connection(node: Node) -> None:
+    """Its last words are for the connection it closes, not for the next one."""
+    server = node["b"].python("""
+        import isthmus, sys, time
+        with isthmus.create_server(("", 9141)) as listener:
+            print("listening")
+            first, _ = listener.accept()
+            assert first.recv(10) == b"first" and first.recv(10) == b""
+            second, _ = listener.accept()
+            print("both")
+            time.sleep(0.3)
+            first.close()
+            print("closed")
+            with second:
+                second.sendall(second.recv(10)[::-1])
+                assert second.recv(10) == b""
+        print("done")
+    """)
+    assert server.line() == "listening"
+    client = node["a"].python("""
+        import isthmus, sys, time
+        with isthmus.create_connection(("b", 9141), 30) as sock:
+            sock.sendall(b"first")
+        time.sleep(0.3)
+        with isthmus.create_connection(("b", 9141), 30) as sock:
+            print("connected")
+            time.sleep(1)
+            sock.sendall(b"second")
+            print(sock.recv(10))
+    """)
+    assert client.line() == "connected"
+    assert [server.line() for _ in range(2)] == ["both", "closed"]
+    assert client.line() == "b'dnoces'"
+    assert server.line() == "done"
+
+
 def test_many_connections_at_once(node: Node) -> None:
     server = node["b"].python("""
         import isthmus, threading

@@ -106,6 +106,12 @@ class Seat:
             # The guest has no huge pages left that it reserved; pinned ordinary ones serve as well.
             self.memory = _native.Seat(small, large)
         self.bell: socket.socket | None = None
+        #: The switch touches it no more.
+        self.free = True
+        #: A program has it, and may still write there.
+        self.given = False
+        #: Its program will not say when it is done: for no other connection.
+        self.last = False
 
 
 class Seats:
@@ -117,6 +123,7 @@ class Seats:
         self._answers: dict[int, asyncio.Future[None]] = {}
         self._last = 0
         self._in_use: dict[int, Callable[[], None]] = {}
+        self._dropping: set[asyncio.Task[None]] = set()
         self.lost = self._loop.create_future()
         self._loop.add_reader(self._sock.fileno(), self._handle_readable)
 
@@ -192,8 +199,15 @@ class Seats:
         seat.bell = sock
 
     def watch(self, seat: Seat, free: Callable[[], None]) -> None:
-        """Call `free` when nobody sits there any more."""
+        """Call `free` when the switch says that nobody sits there any more."""
+        seat.free = False
         self._in_use[seat.number] = free
+
+    def drop_soon(self, seat: Seat) -> None:
+        """As `drop`, without waiting for it."""
+        task = self._loop.create_task(self.drop(seat))
+        self._dropping.add(task)
+        task.add_done_callback(self._dropping.discard)
 
     async def drop(self, seat: Seat) -> None:
         """Give the memory back, once the switch has let go of it."""
@@ -214,9 +228,12 @@ class Program:
         self._control: socket.socket | None = None
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
         self._uid = struct.unpack("iII", credentials)[1]
-        #: By the request of a `connect`, by the number of a connection.
+        #: By the request of a `connect`.
         self._asked: dict[int, Seat] = {}
-        self._held: dict[int, Seat] = {}
+        #: By the number of a connection: one seat, or two of a program that is connected to itself.
+        self._held: dict[int, list[Seat]] = {}
+        #: How often the program has closed such a connection.
+        self._closes: dict[int, int] = {}
         self._spare: list[Seat] = []
         self._tasks: set[asyncio.Task[None]] = set()
         #: Two packets that belong together are sent together.
@@ -243,7 +260,8 @@ class Program:
             self._sock.close()
             if self._control is not None:
                 self._control.close()
-            for seat in self._spare:
+            held = [seat for seats_ in self._held.values() for seat in seats_ if seat.free]
+            for seat in self._spare + held:
                 await seats.drop(seat)
 
     async def _from_program(self) -> None:
@@ -254,10 +272,13 @@ class Program:
                 # Not in the way of what else the program says.
                 self._start(self._connect(packet, request, fields))
             elif kind == "accept":
-                seat = self._held.get(int(fields["connection"]))
-                await self._send(("use-seat", {"seat": 0 if seat is None else seat.number}), packet)
+                # The newest: its other end, in a program connected to itself, is told of later.
+                seats = self._held.get(int(fields["connection"]))
+                await self._send(("use-seat", {"seat": seats[-1].number if seats else 0}), packet)
             else:
                 await self._send(None, packet)
+                if kind in ("close", "refuse"):
+                    self._leave(int(fields["connection"]))
 
     def _start(self, work: Any) -> None:
         async def quietly() -> None:
@@ -295,7 +316,11 @@ class Program:
             if (seat.small, seat.large) == (small, large):
                 self._spare.remove(seat)
                 seat.memory.clear()
-                await seats.hang_bell(seat)
+                try:
+                    await seats.hang_bell(seat)
+                except BaseException:
+                    seats.drop_soon(seat)
+                    raise
                 break
         else:
             seat = await seats.make(small, large)
@@ -303,18 +328,43 @@ class Program:
         return seat
 
     def _free(self, seat: Seat) -> None:
-        """Nobody sits there any more: this program may have it again, and nobody else."""
-        for table in (self._asked, self._held):
-            for key, held in list(table.items()):
-                if held is seat:
-                    del table[key]
+        """The switch touches it no more. If its program is done with it too, that one may have it again."""
+        seat.free = True
+        for request, asked in list(self._asked.items()):
+            if asked is seat:
+                del self._asked[request]
         if seat.bell is not None:
             seat.bell.close()
             seat.bell = None
-        if self.closed:
-            self._loop.create_task(self._agent.seats.drop(seat))
-        else:
+        if self.closed or seat.last:
+            self._agent.seats.drop_soon(seat)
+        elif not seat.given:
             self._spare.append(seat)
+
+    def _leave(self, connection: int) -> None:
+        """The program has closed a connection: it writes no more where that sat.
+
+        The word "closed" is the last that it writes there. A seat is not used again before that, or it would
+        be read as a word of the next connection.
+        """
+        seats = self._held.get(connection, [])
+        closes = self._closes.pop(connection, 0) + 1
+        if closes < len(seats):
+            self._closes[connection] = closes
+            return
+        self._held.pop(connection, None)
+        for seat in seats:
+            seat.given = False
+            if seat.free:
+                self._spare.append(seat)
+
+    def _forget(self, connection: int) -> None:
+        """The broker has cut a connection: the program will not say when it has closed it."""
+        self._closes.pop(connection, None)
+        for seat in self._held.pop(connection, []):
+            seat.last = True
+            if seat.free:
+                self._agent.seats.drop_soon(seat)
 
     async def _from_broker(self) -> None:
         assert self._control is not None
@@ -328,10 +378,10 @@ class Program:
                     registers, offset, value = self._agent.doorbell
                     self._answer(control_encode("doorbell", 0, offset=offset, value=value), (registers,))
             elif kind == "connected" and request in self._asked:
-                seat = self._asked.pop(request)
-                self._held[int(fields["connection"])] = seat
-                self._give(kind, request, fields, seat)
+                self._give(kind, request, fields, self._asked.pop(request))
             else:
+                if kind == "cut":
+                    self._forget(int(fields["connection"]))
                 self._answer(packet, ())
 
     async def _incoming(self, request: int, fields: dict[str, Any]) -> None:
@@ -343,13 +393,14 @@ class Program:
                 None, control_encode("refuse", 0, connection=connection, refusal="limit-reached")
             )
             return
-        self._held[connection] = seat
         self._give("incoming", request, fields, seat)
 
     def _give(self, kind: str, request: int, fields: dict[str, Any], seat: Seat) -> None:
         """A message with the memory and the bell of a connection."""
         fields["small"], fields["large"] = seat.small, seat.large
         assert seat.bell is not None
+        seat.given = True
+        self._held.setdefault(int(fields["connection"]), []).append(seat)
         self._answer(control_encode(kind, request, **fields), (seat.memory.fd, seat.bell.fileno()))
         # From here on it is the program's: its end is the program's end.
         seat.bell.close()

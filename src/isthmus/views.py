@@ -11,7 +11,7 @@ One copy less than `Socket.recv_into`, for those who can use the bytes where the
   sender wait.
 
 A slice that outlives the block points to memory that stays mapped for as long as the slice lives; it shows
-whatever the sender put there since.
+whatever the sender put there since, and in a guest, once the connection is closed, bytes of a later one.
 """
 
 from __future__ import annotations
