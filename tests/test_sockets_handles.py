@@ -276,3 +276,93 @@ def test_a_view_of_nothing_waits_like_a_receive(pair: Pair) -> None:
     one.setblocking(False)
     with pytest.raises(BlockingIOError), one.recv_view():
         pass
+
+
+def test_what_fills_a_view_is_sent_at_its_end(any_pair: Pair) -> None:
+    one, other = any_pair
+    sizes = [1, 15, 16, 1024, 1025, 4096, 60_000, 200_000] * 20
+    random.Random(1).shuffle(sizes)
+
+    def send() -> None:
+        for number, size in enumerate(sizes):
+            if number % 5 == 4:
+                one.sendall(bytes([number % 251]) * size)
+                continue
+            with one.send_view(size) as view:
+                assert (view.nbytes, view.readonly) == (size, False)
+                view[:] = bytes([number % 251]) * size
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send)
+        for number, size in enumerate(sizes):
+            got = bytearray()
+            while len(got) < size:
+                got += other.recv(size - len(got))
+            assert got == bytes([number % 251]) * size
+        sent.result()
+    assert one.stats().bytes_sent == sum(sizes)
+
+
+def test_a_view_for_sending_is_sent_whole_or_not_at_all(pair: Pair) -> None:
+    one, other = pair
+    with pytest.raises(KeyError), one.send_view(100) as view:
+        view[:50] = bytes(50)
+        raise KeyError
+    with one.send_view(2) as view:
+        view[:] = b"ok"
+        with pytest.raises(errors.WrongState, match="being filled"):
+            one.sendall(b"between")
+        with pytest.raises(errors.WrongState), one.send_view(1):
+            pass
+    assert other.recv(200) == b"ok"
+    with pytest.raises(ValueError, match="released"):
+        view[:] = b"no"
+    with one.send_view(0):
+        pass
+    one.sendall(b"end")
+    assert other.recv(200) == b"end"
+    with pytest.raises(ValueError, match="negative"):
+        one.send_view(-1)
+
+
+def test_a_view_for_sending_has_a_size_that_the_ring_can_have(pair: Pair) -> None:
+    one, other = pair
+    most = one.connection.message_max
+    with one.send_view(most) as view:
+        view[-1:] = b"!"
+    assert other.recv(most, socket.MSG_WAITALL)[-1:] == b"!"
+    with pytest.raises(errors.MessageTooLarge), one.send_view(most + 1):
+        pass
+    one.setblocking(False)
+    with one.send_view(most):
+        pass
+    with pytest.raises(BlockingIOError):
+        for _ in range(4):
+            with one.send_view(most):
+                pass
+    one.settimeout(0.05)
+    with pytest.raises(TimeoutError), one.send_view(most):
+        pass
+
+
+def test_a_view_for_sending_when_the_other_side_goes(pair: Pair) -> None:
+    one, other = pair
+    with pytest.raises(BrokenPipeError), one.send_view(10):
+        other.close()
+        becomes(lambda: one.connection.poll()[0])
+    with pytest.raises(OSError, match=r"takes nothing more|died"), one.send_view(10):
+        pass
+
+
+def test_a_view_for_sending_outlives_its_socket(pair: Pair) -> None:
+    one, other = pair
+    views = one.send_view(1000)
+    view = views.__enter__()
+    kept = view[:10]
+    one.close()
+    with pytest.raises(errors.Closed):
+        views.send()
+    del one, views, view
+    gc.collect()
+    kept[:] = b"0123456789"
+    assert other.recv(10) == b""

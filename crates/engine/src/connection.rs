@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use isthmus_proto::spin::{GUEST_SCALE, Spin};
 use isthmus_ring::layout::{COUNTERS_LEN, RESET, TAKES_NOTHING};
-use isthmus_ring::{Dest, Mapped, Region, Ring, Rx, Seen, Source, StoreFailed, Tx};
+use isthmus_ring::{Dest, Mapped, Region, Ring, Room, Rx, Seen, Source, StoreFailed, Tx};
 use isthmus_sys::cpu;
 use isthmus_wire::control::{Carrier, SocketKind, TICKET};
 
@@ -68,6 +68,8 @@ const SHUT_SEND: u8 = 4;
 
 struct TxSide {
     tx: Tx<AnyStore, Mapped>,
+    /// Bytes of the lane that a caller is filling.
+    reserved: Option<usize>,
     spin: Spin,
     /// Threads that sleep until there is space. The last one disarms.
     asleep: u32,
@@ -124,7 +126,7 @@ impl Connection {
         let spin = Spin::scaled(if counters_fd.is_none() { GUEST_SCALE } else { 1 });
         Arc::new(Self {
             info,
-            tx: Mutex::new(TxSide { tx, spin, asleep: 0 }),
+            tx: Mutex::new(TxSide { tx, reserved: None, spin, asleep: 0 }),
             rx: Mutex::new(RxSide { rx, spin, asleep: 0, reset_told: false, told_cpu: u32::MAX }),
             bell: Bell::new(bell),
             state: AtomicU8::new(0),
@@ -264,6 +266,53 @@ impl Connection {
         })
     }
 
+    /// Wait for room for `len` bytes, of the stream or of one message, which the caller fills where the returned
+    /// address says and then sends with [`Connection::commit`] or gives up with [`Connection::abandon`]. Until then
+    /// nothing else can be sent. The memory stays mapped while this connection lives.
+    ///
+    /// `None`: what this carrier's lane reads cannot be written in place; abandon, and send it from elsewhere.
+    ///
+    /// # Errors
+    /// As [`Connection::send_message`]; nothing is reserved.
+    pub fn reserve(&self, len: usize, how: &How<'_>) -> Result<Option<*mut u8>> {
+        let mut place = None;
+        self.send(how, |side| {
+            match side.tx.reserve(len)?.map_err(|e| self.memory(e))? {
+                Room::Full(ring) => return Ok((Try::Wait, ring, 0)),
+                Room::Here(here) => place = Some(here),
+                Room::Elsewhere => {}
+            }
+            side.reserved = Some(len);
+            Ok((Try::Done(()), Ring::Quiet, 0))
+        })?;
+        Ok(place)
+    }
+
+    /// Send what was reserved and filled.
+    ///
+    /// # Errors
+    /// As [`Connection::send_message`]; nothing is reserved any more.
+    pub fn commit(&self) -> Result<()> {
+        let mut side = lock(&self.tx);
+        let Some(len) = side.reserved.take() else { return Ok(()) };
+        self.check()?;
+        self.may_send(&side, 0)?;
+        if len == 0 && self.info.kind == SocketKind::Stream {
+            return Ok(());
+        }
+        let kind = crate::lane::record_kind(self.info.kind);
+        let ring = side.tx.commit(kind, len).map_err(|e| self.memory(e))?;
+        drop(side);
+        self.ring(ring);
+        self.refresh();
+        Ok(())
+    }
+
+    /// Send nothing of what was reserved.
+    pub fn abandon(&self) {
+        lock(&self.tx).reserved = None;
+    }
+
     fn send(
         &self,
         how: &How<'_>,
@@ -277,6 +326,9 @@ impl Connection {
                 self.one_way.store(0, Ordering::Relaxed);
             }
             self.may_send(&side, done)?;
+            if side.reserved.is_some() {
+                return Err(Error::Reserved);
+            }
             let (tried, ring, so_far) = step(&mut side)?;
             done = so_far;
             self.ring(ring);
@@ -324,7 +376,7 @@ impl Connection {
         if how.expired() {
             return Err(Error::TimedOut { done });
         }
-        let TxSide { tx, spin: budget, asleep } = &mut *side;
+        let TxSide { tx, spin: budget, asleep, .. } = &mut *side;
         let peer_cpu = tx.peer_cpu();
         if spin(how.wait, budget, peer_cpu, 0, |_| tx.has_space() || !tx.open()) {
             return Ok(());

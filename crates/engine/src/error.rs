@@ -37,6 +37,8 @@ pub enum Error {
     Fault(Fault),
     /// The lane's memory failed (out of memory, most likely). The connection is useless.
     Memory { errno: i32 },
+    /// A view of what is to be sent is being filled. Nothing was sent.
+    Reserved,
     /// This object was closed.
     Closed,
     /// This object belongs to the process that made it, not to its fork.
@@ -82,6 +84,7 @@ impl fmt::Display for Error {
             Self::Memory { errno } => {
                 write!(f, "the lane's memory failed: {}", io::Error::from_raw_os_error(*errno))
             }
+            Self::Reserved => f.write_str("a view for sending is being filled; end it first"),
             Self::Closed => f.write_str("this object was closed"),
             Self::Forked => f.write_str("made before fork(); connect again in the child"),
             Self::Os { what, source } => write!(f, "{what}: {source}"),

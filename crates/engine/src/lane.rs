@@ -381,6 +381,13 @@ impl Store for AnyStore {
         }
     }
 
+    fn in_place(&self, at: usize, len: usize) -> Option<*mut u8> {
+        match self {
+            Self::Sealed(store) => store.in_place(at, len),
+            Self::Put(_) => None,
+        }
+    }
+
     fn prepare_large(&self) {
         if let Self::Sealed(store) = self {
             store.prepare_large();

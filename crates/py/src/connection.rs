@@ -290,6 +290,29 @@ impl Connection {
         Ok(front.map(|(at, len)| (self.inner.view().bytes(at, len) as usize, len)))
     }
 
+    /// Where `size` bytes may be written that are to be sent: their address. Until `commit` or `abandon` nothing
+    /// else can be sent. None: this carrier has no such place; abandon, and send from elsewhere.
+    fn reserve(&self, py: Python<'_>, size: usize, timeout: Option<f64>) -> PyResult<Option<usize>> {
+        let reserve = |how: &How<'_>| self.inner.reserve(size, how).map(|place| place.map(|at| at as usize));
+        if self.inner.poll_send(size) {
+            match reserve(&How::at_once()) {
+                Err(Error::WouldBlock { .. }) if timeout.is_none_or(|t| t > 0.0) => {}
+                result => return result.map_err(|e| to_python(py, &e)),
+            }
+        }
+        with_how(py, self.wait_mode(), timeout, reserve)
+    }
+
+    /// Send what was written there.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        self.inner.commit().map_err(|e| to_python(py, &e))
+    }
+
+    /// Send nothing of it.
+    fn abandon(&self) {
+        self.inner.abandon();
+    }
+
     fn release_front(&self) {
         self.inner.release_front();
     }

@@ -21,6 +21,7 @@ fn class_of(error: &Error) -> (&'static str, i32) {
         Error::Cut { .. } => ("ConnectionCut", libc_errno::ECONNABORTED),
         Error::Fault(_) => ("PeerFault", libc_errno::EPROTO),
         Error::Memory { .. } => ("LaneFailed", libc_errno::ENOMEM),
+        Error::Reserved => ("WrongState", libc_errno::EBUSY),
         Error::Closed => ("Closed", libc_errno::EBADF),
         Error::Forked => ("Forked", libc_errno::EBADF),
         Error::Os { source, .. } => ("IsthmusError", source.raw_os_error().unwrap_or(libc_errno::EIO)),
@@ -28,7 +29,7 @@ fn class_of(error: &Error) -> (&'static str, i32) {
 }
 
 /// Every class that [`class_of`] names, for the test that they exist.
-pub const CLASSES: [&str; 16] = [
+pub const CLASSES: [&str; 17] = [
     "NoBroker",
     "BrokerLost",
     "Refused",
@@ -42,6 +43,7 @@ pub const CLASSES: [&str; 16] = [
     "ConnectionCut",
     "PeerFault",
     "LaneFailed",
+    "WrongState",
     "Closed",
     "Forked",
     "IsthmusError",
@@ -86,6 +88,7 @@ mod libc_errno {
     pub const EBADF: i32 = 9;
     pub const EAGAIN: i32 = 11;
     pub const ENOMEM: i32 = 12;
+    pub const EBUSY: i32 = 16;
     pub const EPIPE: i32 = 32;
     pub const EPROTO: i32 = 71;
     pub const EMSGSIZE: i32 = 90;

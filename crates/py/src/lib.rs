@@ -41,7 +41,7 @@ mod _native {
     #[pymodule_export]
     const LARGE_DEFAULT: u32 = isthmus_engine::lane::LARGE_DEFAULT;
     #[pymodule_export]
-    const ERROR_CLASSES: [&str; 16] = super::errors::CLASSES;
+    const ERROR_CLASSES: [&str; 17] = super::errors::CLASSES;
 
     #[pymodule_export]
     const CONTROL_VERSION: u8 = isthmus_wire::control::VERSION;

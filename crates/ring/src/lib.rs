@@ -32,7 +32,7 @@ pub use layout::Geometry;
 pub use mapped::{Mapped, Region};
 pub use parts::{Dest, Source};
 pub use rx::{Fault, Rx, Seen};
-pub use tx::{TooLarge, Tx, Written};
+pub use tx::{Room, TooLarge, Tx, Written};
 
 use isthmus_wire::record::Header;
 
@@ -86,6 +86,9 @@ pub trait Store {
         header: Header,
         source: &mut Source<'_>,
     ) -> Result<(), StoreFailed>;
+    /// Where a payload of `len` bytes at `at` can be written by others than this store; `None` where the peer's
+    /// memory is out of reach.
+    fn in_place(&self, at: usize, len: usize) -> Option<*mut u8>;
     /// Longest payload of one stream record, bytes: the receiver copies one while the sender fills
     /// the next. 64 KiB is where a mapped ring of 2 MiB was fastest.
     fn chunk(&self) -> usize {

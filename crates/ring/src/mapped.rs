@@ -4,7 +4,7 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use isthmus_wire::record::{self, Header};
+use isthmus_wire::record::Header;
 
 use crate::copy::{Heat, STREAM_MIN, copy};
 use crate::layout::COUNTERS;
@@ -164,9 +164,9 @@ impl Store for Mapped {
         header: Header,
         source: &mut Source<'_>,
     ) -> Result<(), StoreFailed> {
-        let len = header.len as usize;
-        let mut to = self.region.at(at + record::payload_at(len), len);
-        source.take(len, |from, piece| {
+        let mut to = self.region.at(at + header.payload_at(), header.len as usize);
+        // Less than the header says where the payload is there already.
+        source.take(source.left().min(header.len as usize), |from, piece| {
             // SAFETY: the pieces add up to `len`, which was checked to lie in the region; the
             // caller's buffer is not part of a lane.
             unsafe {
@@ -177,6 +177,10 @@ impl Store for Mapped {
         self.region.word_at(at + 8).store(header.encode(), Ordering::Relaxed);
         self.region.word_at(at).store(commit, Ordering::Release);
         Ok(())
+    }
+
+    fn in_place(&self, at: usize, len: usize) -> Option<*mut u8> {
+        Some(self.region.at(at, len))
     }
 
     fn prepare_large(&self) {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use isthmus_wire::record::{ALIGN, Header, Kind, footprint, payload_in};
+use isthmus_wire::record::{ALIGN, Header, Kind, footprint, payload_at, payload_in};
 
 use crate::layout::{
     ARM_DATA, ARM_SPACE, COUNTER_TX_BYTES, COUNTER_TX_MESSAGES, CPU, CREDIT, CREDIT_CHECK, FIN, Geometry,
@@ -39,6 +39,18 @@ pub struct Written {
     /// Whether everything is; if not, there is no space and the writer may arm and sleep.
     pub all: bool,
     pub ring: Ring,
+}
+
+/// Room for a record that its sender fills in place.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// Here it begins.
+    Here(*mut u8),
+    /// There is room, where only the lane can write.
+    Elsewhere,
+    /// Not now: the writer may arm and sleep.
+    Full(Ring),
 }
 
 /// The sending end. One owner; not for sharing between threads.
@@ -171,6 +183,18 @@ impl<S: Store, V: View> Tx<S, V> {
     }
 
     fn write_fitting_message(&mut self, len: usize, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
+        if let Some(ring) = self.make_room(len)? {
+            return Ok(Written { bytes: 0, all: false, ring });
+        }
+        self.put_payload(Kind::Message, len, source)?;
+        let ring = self.look_for_sleeper(Ring::Quiet);
+        self.note();
+        Ok(Written { bytes: len, all: true, ring })
+    }
+
+    /// Make the front of the lane a place for one record of `len` bytes, at most [`Tx::message_max`]. `Some`: there
+    /// is no room now.
+    fn make_room(&mut self, len: usize) -> Result<Option<Ring>, StoreFailed> {
         debug_assert!(!self.finished, "writing after finish");
         let need = footprint(len, self.store.trailer());
         let grew = self.grow_for(need)?;
@@ -180,7 +204,7 @@ impl<S: Store, V: View> Tx<S, V> {
             // A ring that is about to grow need not have that much: it grows when there is some.
             self.wanted = wanted.min(self.place.capacity() - self.space_wanted());
             let ring = if grew { self.look_for_sleeper(Ring::Quiet) } else { Ring::Quiet };
-            return Ok(Written { bytes: 0, all: false, ring });
+            return Ok(Some(ring));
         }
         self.wanted = 0;
         let to_end = self.place.to_end();
@@ -188,10 +212,36 @@ impl<S: Store, V: View> Tx<S, V> {
             self.put(Kind::Skip, 0, &mut Source::empty())?;
             self.place.advance(to_end - ALIGN);
         }
-        self.put_payload(Kind::Message, len, source)?;
+        Ok(None)
+    }
+
+    /// A place in the lane for the next `len` bytes, of a stream or of one message, which the caller fills and then
+    /// sends with [`Tx::commit`]. Whatever is written before that takes the place away again.
+    ///
+    /// # Errors
+    /// `Err(TooLarge)`: there can never be so much room. `Ok(Err)`: the memory behind the lane failed.
+    pub fn reserve(&mut self, len: usize) -> Result<Result<Room, StoreFailed>, TooLarge> {
+        if len > self.message_max() {
+            return Err(TooLarge { len, limit: self.message_max() });
+        }
+        Ok(self.make_room(len).map(|full| match full {
+            Some(ring) => Room::Full(ring),
+            None => match self.store.in_place(self.place.at() + payload_at(len), len) {
+                Some(place) => Room::Here(place),
+                None => Room::Elsewhere,
+            },
+        }))
+    }
+
+    /// Send the `len` bytes that lie where [`Tx::reserve`] said, as a record of this kind.
+    ///
+    /// # Errors
+    /// The memory behind the lane failed. Nothing was sent.
+    pub fn commit(&mut self, kind: Kind, len: usize) -> Result<Ring, StoreFailed> {
+        self.put_payload(kind, len, &mut Source::empty())?;
         let ring = self.look_for_sleeper(Ring::Quiet);
         self.note();
-        Ok(Written { bytes: len, all: true, ring })
+        Ok(ring)
     }
 
     /// Could something be written now? If a message did not fit last: could that message? Looks

@@ -66,6 +66,10 @@ impl Store for Nowhere {
         Ok(())
     }
 
+    fn in_place(&self, _: usize, _: usize) -> Option<*mut u8> {
+        None
+    }
+
     fn prepare_large(&self) {}
 
     fn counter(&self, _: usize, _: u64) {}

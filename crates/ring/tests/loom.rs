@@ -163,6 +163,10 @@ impl Store for End {
         Ok(())
     }
 
+    fn in_place(&self, _: usize, _: usize) -> Option<*mut u8> {
+        None
+    }
+
     fn prepare_large(&self) {
         if !self.put {
             self.memory.prepare();

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["BENCHES", "CLIENTS", "WAITS", "Case", "Settings", "cases_of", "groups_of", "parse_sizes"]
 
 BENCHES = ("pingpong", "stream", "pairs", "connect")
-CLIENTS = ("native", "python", "asyncio")
+#: Who drives: loops in Rust, the same with messages that stay in the rings, loops in Python, an event loop.
+CLIENTS = ("native", "in-place", "python", "asyncio")
 WAITS = ("spin", "adaptive", "block")
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -205,7 +206,8 @@ def groups_of(cases: Iterable[Case]) -> list[Group]:
     """Group cases that differ in transport, path and wait alone; each group keeps the order of its cases."""
     groups: dict[Case, Group] = {}
     for case in cases:
-        key = replace(case, transport="", path=None, wait="")
+        client = "native" if case.client == "in-place" else case.client
+        key = replace(case, transport="", path=None, wait="", client=client)
         title = str(replace(key, transport="", wait=""))
         groups.setdefault(key, Group(title)).cases.append(case)
     return list(groups.values())

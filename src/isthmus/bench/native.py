@@ -85,9 +85,11 @@ def over_fd(fd: int, wait: str, part: str, plan: PlanDict) -> Report:
     return cast(Report, _native().bench_fd(fd, wait, part, plan))
 
 
-def over_connection(connection: Any, wait: str, part: str, plan: PlanDict) -> Report:
-    """Play `part` over a connection of ours."""
-    return cast(Report, _native().bench_connection(connection, wait, part, plan))
+def over_connection(
+    connection: Any, wait: str, part: str, plan: PlanDict, *, in_place: bool = False
+) -> Report:
+    """Play `part` over a connection of ours; `in_place` leaves the messages in the rings."""
+    return cast(Report, _native().bench_connection(connection, wait, part, plan, in_place))
 
 
 def over_ring(fd: int, wait: str, part: str, plan: PlanDict, *, left: bool, streaming: bool) -> Report:

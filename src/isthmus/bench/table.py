@@ -91,8 +91,8 @@ def _warnings(records: Sequence[Record]) -> list[str]:
 
 
 def _situation(record: Record) -> tuple[Any, ...]:
-    """What two records must share to be compared. Limits and event loops compare with the native baseline."""
-    client = "native" if record.client == "asyncio" else record.client
+    """What two records must share to be compared. What only some have compares with the native baseline."""
+    client = "native" if record.client in ("asyncio", "in-place") else record.client
     return (
         record.bench,
         client,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
 
     from isthmus import _native
-    from isthmus.views import RecvView
+    from isthmus.views import RecvView, SendView
 
 __all__ = ["Socket", "Stats"]
 
@@ -519,6 +519,23 @@ class Socket:
             return self._end.sendmsg(list(buffers), wait, to)
         except errors.IsthmusError as error:
             return self._sent(error)
+
+    def send_view(self, size: int) -> SendView:
+        """Fill what is to be sent where it lies in the ring, without a copy.
+
+        ``with sock.send_view(size) as view:`` gives a writable `memoryview` of `size` bytes, which are sent at the
+        end of the block, as bytes of the stream or as one message; nothing is if it raises. See `isthmus.views`.
+
+        Parameters
+        ----------
+        size : int, bytes
+            At most `Socket.connection.message_max`, for streams too.
+        """
+        from isthmus.views import SendView
+
+        if size < 0:
+            raise ValueError("negative size in send_view")
+        return SendView(self._lane("send_view"), size, self._send_wait)
 
     def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
         """Send a file until its end, or `count` bytes of it.

@@ -179,7 +179,7 @@ class Transport:
             return f"{self.name} has no figure for {case.bench}"
         if case.client not in self.clients:
             return f"{self.name} has no {case.client} client"
-        if case.client == "native" and (reason := native.missing()):
+        if case.client in ("native", "in-place") and (reason := native.missing()):
             return reason
         if case.client == "asyncio":
             if case.bench != "pingpong":
@@ -188,6 +188,8 @@ class Transport:
                 return "an event loop sleeps in epoll: its wait is block"
         elif case.wait not in self.waits:
             return f"{self.name} waits {' or '.join(self.waits)}"
+        if case.client == "in-place" and case.bench != "stream":
+            return "messages that stay in the rings are measured as a stream alone"
         if case.client != "native" and case.data != "hot":
             return "cold data is walked by the native client only"
         if case.bench == "pairs" and case.client != "native" and self.clients[0] == "native":

@@ -40,7 +40,7 @@ class TRANSPORT(Transport):
 
     name = "isthmus"
     paths = ("sealed", "put")
-    clients = ("native", "python", "asyncio")
+    clients = ("native", "in-place", "python", "asyncio")
     usual_waits: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "pingpong": ("spin", "adaptive", "block"),
         "stream": ("spin", "adaptive"),
@@ -52,6 +52,8 @@ class TRANSPORT(Transport):
         """Connections are made by the product's Python calls whoever uses them."""
         if case.bench == "connect" and case.client == "native":
             return "connections are opened by a Python program"
+        if case.client == "in-place" and case.path != "switch":
+            return "nothing at all would be copied on this path"
         return super().refuses(case)
 
     def prepare(self, stack: ExitStack, settings: Settings) -> Setup:
@@ -111,8 +113,9 @@ def attach(job: Job, side: Literal["left", "right"]) -> _native.Node:
 def play(job: Job, connection: _native.Connection) -> Report:
     """Play the job's part over a connection."""
     try:
-        if job.case.client == "native":
-            return native.over_connection(connection, job.case.wait, job.part, job.plan())
+        if job.case.client in ("native", "in-place"):
+            in_place = job.case.client == "in-place"
+            return native.over_connection(connection, job.case.wait, job.part, job.plan(), in_place=in_place)
         connection.wait = {"spin": 0, "adaptive": 1, "block": 2}[job.case.wait]
         return loops.play(job, Channel(connection))
     finally:
