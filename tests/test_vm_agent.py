@@ -203,6 +203,35 @@ def test_a_hundred_connections_one_after_the_other(node: Node) -> None:
     server.kill()
 
 
+def test_what_is_made_and_read_in_place(node: Node) -> None:
+    """Between guests one copy is left on the whole way."""
+    server = node["b"].python("""
+        import isthmus
+        with isthmus.create_server(("", 9142)) as listener:
+            print("listening")
+            sock, _ = listener.accept()
+            with sock:
+                total = count = 0
+                while True:
+                    with sock.recv_view() as view:
+                        if not view:
+                            break
+                        total, count = total + sum(view), count + len(view)
+                print(total, count)
+    """)
+    assert server.line() == "listening"
+    client = node["a"].python("""
+        import isthmus
+        with isthmus.create_connection(("b", 9142), 30) as sock:
+            for turn in range(40):
+                with sock.send_view(50_000) as view:
+                    view[:] = bytes([turn + 1]) * 50_000
+        print("sent")
+    """)
+    assert client.line() == "sent"
+    assert server.line() == f"{sum(range(1, 41)) * 50_000} {40 * 50_000}"
+
+
 def test_a_program_that_closes_late_spoils_no_later_connection(node: Node) -> None:
     """Its last words are for the connection it closes, not for the next one."""
     server = node["b"].python("""

@@ -37,6 +37,9 @@ QUICKEST_SIZES: dict[str, tuple[int, ...]] = {
     "pairs": (512 * KIB,),
 }
 
+#: Phases between guests are this much longer.
+GUESTS_STRETCH = 4
+
 #: A paced ping: one each 0.3 ms, so that every one finds its peer asleep or busy with somebody else.
 PACED_SIZE = 64
 PACED_GAP_S = 0.0003
@@ -87,6 +90,8 @@ class Settings:
     pinned: tuple[bool, ...] = ()
     repeat: int | None = None
     quick: bool = False
+    #: Both ends are in guests.
+    guests: bool = False
     #: Several benches share the time of a quick run.
     benches: int = 1
 
@@ -104,13 +109,13 @@ class Settings:
 
     @property
     def duration_s(self) -> float:
-        """Length of one measured phase."""
-        return 0.06 if self.quick else 0.25
+        """Length of one measured phase; guests take longer to find their speed."""
+        return (0.06 if self.quick else 0.25) * (GUESTS_STRETCH if self.guests else 1)
 
     @property
     def warmup_s(self) -> float:
         """Length of the phase before it."""
-        return 0.015 if self.quick else 0.05
+        return (0.015 if self.quick else 0.05) * (GUESTS_STRETCH if self.guests else 1)
 
 
 @dataclass

@@ -316,7 +316,7 @@ def measure(
     between : {"uml", "qemu"}, optional
         Both ends are in guests of this monitor.
     """
-    settings = replace(settings, benches=len(benches))
+    settings = replace(settings, benches=len(benches), guests=between is not None)
     present: dict[str, Transport] = {}
     for transport in transports:
         if between is not None:
