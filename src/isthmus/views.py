@@ -6,19 +6,19 @@
     with sock.send_view(4 * 1000) as view:
         numpy.frombuffer(view, dtype="f4")[:] = numpy.random.random(1000)
 
-One copy less than `Socket.recv_into` and `Socket.sendall`, for those who can use the bytes, or make them, where
-they are. Between guests that leaves one copy on the whole way. The rules:
+One copy less than `Socket.recv_into` and `Socket.sendall`, for those who can use the bytes, or make them,
+where they are. Between guests that leaves one copy on the whole way. The rules:
 
-- **The sender can still change what a received view shows**, even between your check and your use. Copy before
-  you believe.
+- **The sender can still change what a received view shows**, even between your check and your use. Copy
+  before you believe.
 - The ring is not given back before `RecvView.release` (the end of the block): a view that is kept makes the
   sender wait.
-- While a view for sending is open, nothing else can be sent over its socket. It begins with whatever lay there
-  before, of this connection; write all of it.
+- While a view for sending is open, nothing else can be sent over its socket. It begins with whatever lay
+  there before, of this connection; write all of it.
 
-A slice that outlives the block points to memory that stays mapped for as long as the slice lives. A received one
-shows whatever the sender put there since, and in a guest, once the connection is closed, bytes of a later one.
-Whoever writes to one for sending spoils what is sent, or what is sent later.
+A slice that outlives the block points to memory that stays mapped for as long as the slice lives. A received
+one shows whatever the sender put there since, and in a guest, once the connection is closed, bytes of a later
+one. Whoever writes to one for sending spoils what is sent, or what is sent later.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use isthmus_switch::Switch;
+use isthmus_switch::{Switch, sandbox};
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 
@@ -12,15 +12,27 @@ fn failed(error: std::io::Error) -> PyErr {
 
 /// Be the switch: serve the broker that connects to `listener`, a listening SOCK_SEQPACKET socket whose descriptor is
 /// the switch's from now on, and the guests it names. Ends when `stop()` is true, which is asked twice a second and
-/// after each signal; and, unless `stay`, when there has been neither a broker nor a guest for a while. OSError if the kernel gives no descriptors.
+/// after each signal; and, unless `stay`, when there has been neither a broker nor a guest for a while.
+/// With `confined` this process can do little else from then on. OSError if the kernel gives no descriptors or does
+/// not confine us.
 #[pyfunction]
-pub fn run_switch(py: Python<'_>, listener: i32, stay: bool, stop: Py<PyAny>) -> PyResult<()> {
+pub fn run_switch(
+    py: Python<'_>,
+    listener: i32,
+    stay: bool,
+    confined: bool,
+    stop: Py<PyAny>,
+) -> PyResult<()> {
     // SAFETY: the caller gives the descriptor away.
     let listener = unsafe { OwnedFd::from_raw_fd(listener) };
     let mut error = None;
     let mut asked = std::time::Instant::now();
     py.detach(|| {
-        Switch::new(listener)?.run(stay, |interrupted| {
+        let mut switch = Switch::new(listener)?;
+        if confined {
+            sandbox::enter()?;
+        }
+        switch.run(stay, |interrupted| {
             if !interrupted && asked.elapsed().as_millis() < 500 {
                 return false;
             }

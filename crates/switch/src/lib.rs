@@ -26,6 +26,7 @@ pub mod flow;
 mod home;
 pub mod memory;
 mod packets;
+pub mod sandbox;
 mod schedule;
 pub mod seat;
 pub mod switch;

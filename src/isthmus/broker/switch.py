@@ -10,7 +10,6 @@ Format: docs/formats/control.md, "Between broker and switch".
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import signal
@@ -168,13 +167,13 @@ class ServeError(Exception):
     """The switch cannot start."""
 
 
-def serve(directory: Path, *, stay: bool = False) -> None:
+def serve(directory: Path, *, stay: bool = False, confined: bool = True) -> None:
     """Be the switch of a runtime directory until a signal, or until neither broker nor guest is there.
 
     Raises
     ------
     ServeError
-        The directory cannot be used, or has a switch already.
+        The directory cannot be used, or has a switch already; or the kernel does not confine us.
     """
     stopped = False
 
@@ -198,7 +197,7 @@ def serve(directory: Path, *, stay: bool = False) -> None:
     # Whoever started us may be gone; what we print is for the journal.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        _native.run_switch(sock.detach(), stay, lambda: stopped)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(NAME, dir_fd=directory_fd)
+        # Its socket stays behind: by the end it may remove nothing, and the next switch replaces it.
+        _native.run_switch(sock.detach(), stay, confined, lambda: stopped)
+    except OSError as error:
+        raise ServeError(f"the kernel does not let the switch run: {error.strerror or error}") from None

@@ -523,8 +523,9 @@ class Socket:
     def send_view(self, size: int) -> SendView:
         """Fill what is to be sent where it lies in the ring, without a copy.
 
-        ``with sock.send_view(size) as view:`` gives a writable `memoryview` of `size` bytes, which are sent at the
-        end of the block, as bytes of the stream or as one message; nothing is if it raises. See `isthmus.views`.
+        ``with sock.send_view(size) as view:`` gives a writable `memoryview` of `size` bytes, which are sent
+        at the end of the block, as bytes of the stream or as one message; nothing is if it raises. See
+        `isthmus.views`.
 
         Parameters
         ----------
