@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import becomes
 from guests import Node, needs
+from test_forward import all_of, forward, unix_client
 
 import isthmus
 from isthmus.testing import PrivateBroker
@@ -22,8 +25,8 @@ MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=
 
 @pytest.fixture(params=MONITORS, scope="module")
 def node(request: pytest.FixtureRequest) -> Iterator[Node]:
-    """A broker with the guests a and b of one monitor, and the container c."""
-    with Node(request.param, guests=("a", "b"), containers=("c",)) as node:
+    """A broker with the guests a and b of one monitor, the container c, and programs of the host."""
+    with Node(request.param, guests=("a", "b"), containers=("c", "host")) as node:
         yield node
 
 
@@ -196,3 +199,50 @@ def test_the_lines_of_each_monitor_name_the_socket_whatever_its_name() -> None:
     assert "path=/run/a&apos;&amp;/vsock" in attachment_lines("/run/a'&/vsock", "libvirt")
     with pytest.raises(ValueError, match="hyper-v"):
         attachment_lines("/run/a/vsock", "hyper-v")
+
+
+needs_strangers = pytest.mark.skipif(
+    not (shutil.which("redis-server") and shutil.which("redis-cli") and shutil.which("socat")),
+    reason="redis or socat is not installed",
+)
+
+
+@needs_strangers
+def test_a_guest_reaches_a_unix_socket_of_the_host(node: Node, tmp_path: Path) -> None:
+    """A stock client in a guest, a stock server on the host; nothing of ours in the guest."""
+    server = ["redis-server", "--port", "0", "--unixsocket", str(tmp_path / "redis.sock"), "--save", ""]
+    with subprocess.Popen(server, stdout=subprocess.DEVNULL, cwd=tmp_path) as redis:
+        try:
+            becomes(lambda: (tmp_path / "redis.sock").exists())
+            with forward(node.broker, "host", ":6379", f"unix:{tmp_path}/redis.sock"):
+                relay = ["socat", "UNIX-LISTEN:/tmp/redis.sock,fork", "VSOCK-CONNECT:2:6379"]
+                socat = node["a"].run(relay)
+                client = node["a"].run(
+                    [
+                        "sh",
+                        "-c",
+                        "while ! [ -e /tmp/redis.sock ]; do sleep 0.1; done; "
+                        "redis-cli -s /tmp/redis.sock set from guest; redis-cli -s /tmp/redis.sock get from",
+                    ]
+                )
+                assert [client.line(), client.line()] == ["OK", "guest"]
+                socat.kill()
+        finally:
+            redis.terminate()
+
+
+@needs_strangers
+def test_the_host_reaches_a_guest_through_a_unix_socket(node: Node, tmp_path: Path) -> None:
+    server = node["b"].run(["socat", "VSOCK-LISTEN:7100,fork", "EXEC:rev"])
+    with forward(node.broker, "host", f"hybrid:{tmp_path}/b.sock", "b"):
+
+        def ask() -> bytes:
+            with unix_client(tmp_path / "b.sock") as sock:
+                sock.sendall(b"CONNECT 7100\nhello\n")
+                sock.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionResetError):
+                    return all_of(sock)
+                return b""
+
+        assert becomes(ask) == b"OK 7100\nolleh\n"
+    server.kill()

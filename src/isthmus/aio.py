@@ -223,6 +223,14 @@ class Connection:
         self.native.close()
         self._look_again()
 
+    def abort(self) -> None:
+        """As `close`, but the other side hears a reset behind what was sent: it may not be everything."""
+        if self._token:
+            self._watcher.remove(self._token)
+            self._token = 0
+        self.native.abort()
+        self._look_again()
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -506,7 +506,7 @@ impl Connection {
                 }
                 // As with kernel sockets: what arrived before can still be received.
                 Seen::Nothing if shut => return Ok(None),
-                Seen::End => return self.end(&mut side),
+                Seen::End => return self.end_of_lane(&mut side),
                 Seen::Nothing if gone => return self.end_of_a_dead_peer(&mut side),
                 Seen::Nothing => {}
             }
@@ -524,7 +524,7 @@ impl Connection {
     }
 
     /// The peer finished: the end, or first a reset if it closed over unread data.
-    fn end<T>(&self, side: &mut RxSide) -> Result<Option<T>> {
+    fn end_of_lane<T>(&self, side: &mut RxSide) -> Result<Option<T>> {
         let reset = lock(&self.tx).tx.peer_takes() == RESET;
         if reset && !side.reset_told {
             side.reset_told = true;
@@ -641,6 +641,16 @@ impl Connection {
     /// Finish both directions and tell the broker. What was sent is delivered. Harmless when
     /// repeated.
     pub fn close(&self) {
+        self.end(false);
+    }
+
+    /// As [`Connection::close`], but the peer hears a reset behind what was sent, as if this side had died: what it
+    /// received may not be everything.
+    pub fn abort(&self) {
+        self.end(true);
+    }
+
+    fn end(&self, abort: bool) {
         if self.state.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED != 0 || self.generation != cpu::generation()
         {
             return;
@@ -648,9 +658,9 @@ impl Connection {
         {
             let mut side = lock(&self.rx);
             let unread = matches!(side.rx.look(), Ok(Seen::Data(_)));
-            let _ = side.rx.stop(if unread { RESET } else { TAKES_NOTHING });
+            let _ = side.rx.stop(if unread || abort { RESET } else { TAKES_NOTHING });
         }
-        {
+        if !abort {
             let mut side = lock(&self.tx);
             if !side.tx.finished() {
                 let _ = side.tx.finish();

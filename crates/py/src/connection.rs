@@ -339,6 +339,11 @@ impl Connection {
         py.detach(|| self.inner.close());
     }
 
+    /// Close so that the peer hears a reset behind what was sent.
+    fn abort(&self, py: Python<'_>) {
+        py.detach(|| self.inner.abort());
+    }
+
     /// A descriptor for `select` that follows the connection.
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
         self.inner.readiness().map_err(|e| to_python(py, &e))
