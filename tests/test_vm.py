@@ -201,6 +201,32 @@ def test_the_lines_of_each_monitor_name_the_socket_whatever_its_name() -> None:
         attachment_lines("/run/a/vsock", "hyper-v")
 
 
+def test_a_guest_without_an_agent_finds_others_by_name(node: Node) -> None:
+    server = node["b"].python(SERVER.format(port=9011))
+    assert server.line() == "listening"
+    client = node["a"].python("""
+        import socket
+        from isthmus import errors, vsock
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+            vsock.connect(sock, ("b", 9011))
+            sock.sendall(b"by name")
+            sock.shutdown(socket.SHUT_WR)
+            print(sock.recv(100).decode())
+        try:
+            vsock.resolve("nobody")
+        except errors.UnknownDomain as error:
+            print(error.strerror)
+    """)
+    assert client.line() == "eman yb"
+    assert server.line() == f"{node.number('a')} 7"
+    assert "nobody" in client.line()
+    asked = node["a"].run([sys.executable, "-m", "isthmus", "resolve", "b"])
+    assert asked.line() == str(node.number("b"))
+    asked = node["a"].run([sys.executable, "-m", "isthmus", "resolve", "nobody"])
+    assert "nobody" in asked.line()
+    assert asked.code() == 1
+
+
 needs_strangers = pytest.mark.skipif(
     not (shutil.which("redis-server") and shutil.which("redis-cli") and shutil.which("socat")),
     reason="redis or socat is not installed",

@@ -1,4 +1,4 @@
-"""What Python's `socket` lacks for ``AF_VSOCK``: larger buffers, the flag for siblings, a guest's own number.
+"""What `socket` lacks for ``AF_VSOCK``: names, larger buffers, the flag for siblings, one's own number.
 
 For programs in guests that speak plain ``AF_VSOCK`` sockets, with nothing else of Isthmus there. Numbers are
 those of ``linux/vm_sockets.h``.
@@ -13,7 +13,10 @@ import os
 import socket
 import struct
 
-__all__ = ["connect", "local_cid", "set_buffer"]
+from isthmus import errors
+from isthmus._native import CONTROL_MESSAGE_MAX, CONTROL_PORT, control_decode, control_encode
+
+__all__ = ["connect", "local_cid", "resolve", "set_buffer"]
 
 _BUFFER_SIZE, _BUFFER_MAX_SIZE = 0, 2
 _GET_LOCAL_CID = 0x7B9
@@ -44,11 +47,54 @@ def set_buffer(sock: socket.socket, size: int) -> None:
         sock.setsockopt(socket.AF_VSOCK, option, size)
 
 
-def connect(sock: socket.socket, address: tuple[int, int], *, to_host: bool = False) -> None:
-    """Connect to ``(cid, port)``, as `socket.connect` does, with a flag that it cannot set.
+def resolve(name: str, timeout: float = 10.0) -> int:
+    """The number of a domain, asked of the switch: for guests and containers of this node it is a CID.
+
+    Needs no agent, and no privilege.
 
     Parameters
     ----------
+    name : str
+    timeout : float, seconds
+
+    Raises
+    ------
+    UnknownDomain
+        The rules know no such domain, or do not show it to this guest.
+    NoBroker
+        There is no switch behind this guest's socket device, or no broker behind the switch.
+    """
+    try:
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(timeout)
+            sock.connect((socket.VMADDR_CID_HOST, CONTROL_PORT))
+            _ask(sock, "hello", features=0, program="isthmus.vsock")
+            return int(_ask(sock, "resolve", name=name)["domain"])
+    except errors.IsthmusError:
+        raise
+    except OSError as error:
+        text = f"no broker behind this guest's socket device ({error.strerror or error})"
+        raise errors.NoBroker(errno.ECONNREFUSED, text) from None
+
+
+def _ask(sock: socket.socket, kind: str, **fields: int | str | bytes) -> dict[str, int | str | bytes]:
+    sock.send(control_encode(kind, 1, **fields))
+    packet = sock.recv(CONTROL_MESSAGE_MAX)
+    if not packet:
+        raise ConnectionAbortedError(errno.ECONNABORTED, "it hung up")
+    answer, _, found = control_decode(packet)
+    if answer == "refused":
+        raise errors.refused(str(found["refusal"]), int(found["rule"]), str(found["text"]))
+    return dict(found)
+
+
+def connect(sock: socket.socket, address: tuple[int | str, int], *, to_host: bool = False) -> None:
+    """Connect to ``(cid, port)``, as `socket.connect` does, by name and with a flag that it cannot set.
+
+    Parameters
+    ----------
+    address : (int or str, int)
+        A number, or a name for `resolve`; and a port.
     to_host : bool, default False
         Send to the host's side even if this guest could have guests of its own: a guest that has loaded
         ``vhost_vsock`` reaches its siblings only so.
@@ -56,12 +102,14 @@ def connect(sock: socket.socket, address: tuple[int, int], *, to_host: bool = Fa
     Raises
     ------
     OSError
-        As `socket.connect`; the socket may then be closed.
+        As `socket.connect`, or `resolve`; the socket may then be closed.
     """
-    if not to_host:
-        sock.connect(address)
-        return
     cid, port = address
+    if isinstance(cid, str):
+        cid = resolve(cid)
+    if not to_host:
+        sock.connect((cid, port))
+        return
     packed = _ADDRESS.pack(socket.AF_VSOCK, 0, port, cid, _TO_HOST)
     libc = ctypes.CDLL(None, use_errno=True)
     while libc.connect(sock.fileno(), packed, len(packed)) < 0:

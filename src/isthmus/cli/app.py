@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "domain": ("isthmus.cli.domain:domain", "Add, list and remove domains."),
     "status": ("isthmus.cli.status:status", "Show domains, connections and their paths."),
     "explain": ("isthmus.cli.explain:explain", "Which path from one domain to another, and why."),
+    "resolve": ("isthmus.cli.resolve:resolve", "The number of a domain, for AF_VSOCK."),
     "reload": ("isthmus.cli.reload:reload", "Read the policy file again."),
     "metrics": ("isthmus.cli.metrics:metrics", "Print the figures for Prometheus."),
     "doctor": ("isthmus.cli.doctor:doctor", "Check this machine, and say what to do."),
