@@ -15,6 +15,7 @@ import pytest
 from conftest import becomes
 from guests import Node, needs
 from test_forward import all_of, forward, unix_client
+from test_switch_sandbox import switch_of
 
 import isthmus
 from isthmus.testing import PrivateBroker
@@ -225,6 +226,28 @@ def test_a_guest_without_an_agent_finds_others_by_name(node: Node) -> None:
     asked = node["a"].run([sys.executable, "-m", "isthmus", "resolve", "nobody"])
     assert "nobody" in asked.line()
     assert asked.code() == 1
+
+
+def test_the_switch_says_for_whom_it_worked(node: Node) -> None:
+    def spent(name: str) -> float:
+        return float(node.broker.ask("status", domain=name)["domain"]["switch_cpu_s"])
+
+    before = spent("a"), spent("b")
+    server = node["b"].python(SERVER.format(port=9012))
+    assert server.line() == "listening"
+    client = node["a"].python(CLIENT.format(cid=node.number("b"), port=9012, times=20_000))
+    assert client.line() == "good"
+    becomes(lambda: spent("a") > before[0] and spent("b") > before[1])
+    # What is shared out is what the process used, and no more.
+    switch = switch_of(node.broker.directory)
+    ticks = Path(f"/proc/{switch}/stat").read_text().rpartition(")")[2].split()[11:13]
+    used = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    assert sum(map(spent, ("a", "b", "c", "host"))) <= used + 0.05
+    page = str(node.broker.ask("metrics")["text"])
+    assert 'isthmus_domain_switch_cpu_seconds_total{domain="a"} 0.0\n' not in page
+    node.broker.kill()
+    node.broker.start()
+    becomes(lambda: spent("a") > before[0])
 
 
 needs_strangers = pytest.mark.skipif(

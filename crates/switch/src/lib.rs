@@ -8,7 +8,7 @@
 //! Read in this order: [`memory`] and [`vring`] (a guest's memory and its queues), [`device`] (the conversation with
 //! the monitor), [`flow`] (what a connection is), [`switch`] (the crank), then `packets`, `deliver` and `home`, which
 //! are its three sides: from guests, to guests, and the broker. Programs with lanes in a guest's own memory are in
-//! `agent` and [`seat`]; who is served next is in `schedule`.
+//! `agent` and [`seat`]; who is served next is in `schedule`, what that cost in [`account`].
 //!
 //! # Rules
 //! - A packet comes from the guest whose queue it lay in, whatever it says.
@@ -16,6 +16,7 @@
 //! - Whoever breaks a protocol loses its device and its connections; nobody else notices.
 //! - Nothing waits: every descriptor is non-blocking, every turn is bounded, every queue is.
 
+pub mod account;
 mod agent;
 pub mod attachment;
 pub mod bridge;

@@ -3,7 +3,7 @@
 //! Whatever happens only marks what may have something to move; then the scheduler says in which order that is done,
 //! a quantum at a time, and between a few of those we look whether somebody more urgent has come.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use isthmus_proto::sched::{QUANTUM, Terms};
 
@@ -62,6 +62,7 @@ impl Switch {
             self.late.pop_first();
             self.push_again(item);
         }
+        let mut began = Instant::now();
         for _ in 0..SERVICES {
             let Some((item, tenant, class)) = self.sched.pop() else { return };
             let (bytes, more) = if item & GUEST != 0 {
@@ -77,6 +78,7 @@ impl Switch {
             } else {
                 self.serve_lane(item, now)
             };
+            began = self.account.note(tenant, began);
             self.sched.charge(tenant, class, bytes);
             if more {
                 self.push_again(item);

@@ -12,9 +12,10 @@ use isthmus_wire::control::{self, GuestState, MESSAGE_MAX, Message};
 use rustix::net::SocketFlags;
 
 use crate::Fault;
+use crate::account::Account;
 use crate::attachment::Attachment;
 use crate::device::{Changed, Device, RX, TX};
-use crate::flow::{By, Flow, FlowId, Key};
+use crate::flow::{By, Flow, FlowId, Key, OPENER};
 use crate::seat::{Begun, Seat};
 use crate::vring::Chain;
 
@@ -107,6 +108,7 @@ pub struct Switch {
     /// Terms of connections that are about to be made, by guest.
     pub(crate) terms: HashMap<(u32, u64), Terms>,
     pub(crate) began: Instant,
+    pub(crate) account: Account,
     /// When guests that do not answer were last looked for.
     pub(crate) swept: Instant,
     /// A chain in use, kept for its allocation.
@@ -138,6 +140,7 @@ impl Switch {
             late: BTreeSet::new(),
             terms: HashMap::new(),
             began: Instant::now(),
+            account: Account::new(),
             swept: Instant::now(),
             chain: Chain::default(),
             scratch: Chain::default(),
@@ -164,11 +167,15 @@ impl Switch {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
                 Err(error) => return Err(error),
             };
+            let mut now = Instant::now();
             for (token, ready) in events.drain(..) {
+                let domain = self.domain_of(token);
                 self.handle(token, ready);
+                now = self.account.note(domain, now);
             }
             self.attach_again();
             self.turn();
+            self.tell_account();
         }
         Ok(())
     }
@@ -182,6 +189,25 @@ impl Switch {
         let soon = self.attachments.values().filter_map(|attachment| attachment.again).min();
         let left = soon.map(|at| at.saturating_duration_since(Instant::now()));
         left.unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(1)).min(rest)
+    }
+
+    /// For whom this event is handled; 0 for nobody in particular.
+    fn domain_of(&self, token: u64) -> u32 {
+        match Topic::from_token(token) {
+            Some((Topic::Listener | Topic::Device | Topic::Kick, cid)) => cid as u32,
+            Some((Topic::Attachment, id)) => self.attachments.get(&id).map_or(0, |attachment| attachment.cid),
+            Some((Topic::Bell, id)) => self.flows.get(&id).map_or(0, |flow| flow.key_of(OPENER).cid),
+            _ => 0,
+        }
+    }
+
+    fn tell_account(&mut self) {
+        for (cid, cpu_us) in self.account.share_out(Instant::now()) {
+            // What is done for nobody in particular is on no account.
+            if cid != 0 {
+                self.tell_broker(0, &Message::GuestCpu { cid, cpu_us });
+            }
+        }
     }
 
     fn handle(&mut self, token: u64, ready: Ready) {
@@ -205,6 +231,7 @@ impl Switch {
     fn turn(&mut self) {
         self.serve();
         let cids: Vec<u32> = self.guests.keys().copied().collect();
+        let mut now = Instant::now();
         for cid in cids {
             if let Some(guest) = self.guests.get_mut(&cid) {
                 guest.pressed = false;
@@ -218,6 +245,7 @@ impl Switch {
                     vring.tell(&memory.clone());
                 }
             }
+            now = self.account.note(cid, now);
         }
     }
 
@@ -311,6 +339,7 @@ impl Switch {
 
     fn remove_guest(&mut self, cid: u32) {
         self.end_device(cid, "the domain was removed");
+        self.account.forget(cid);
         if let Some(guest) = self.guests.remove(&cid) {
             let _ = self.set.remove(guest.listener.as_fd());
             let gone: Vec<u64> =
@@ -424,6 +453,7 @@ impl Switch {
     fn tell_state(&self, cid: u32) {
         let Some(guest) = self.guests.get(&cid) else { return };
         self.tell_broker(0, &Message::GuestState { cid, state: guest.state, text: "" });
+        self.tell_broker(0, &Message::GuestCpu { cid, cpu_us: self.account.spent(cid) });
     }
 
     // ---- what the parts need of each other

@@ -501,6 +501,12 @@ messages! {
         state: GuestState,
         text: &'a str,
     }
+    /// switch -> broker: what it spent on behalf of a domain since it began to serve it. Once a second while that
+    /// grows. Not answered.
+    GuestCpu = 42 "guest-cpu" {
+        cid: u32,
+        cpu_us: u64,
+    }
 }
 
 /// Decode one packet: the request number and the message.

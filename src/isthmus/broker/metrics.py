@@ -53,6 +53,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "isthmus_domain_sent_messages_total": ("counter", "Messages they say they sent, by path."),
     "isthmus_domain_received_bytes_total": ("counter", "Bytes they say they received, by path."),
     "isthmus_domain_received_messages_total": ("counter", "Messages they say they received, by path."),
+    "isthmus_domain_switch_cpu_seconds_total": (
+        "counter",
+        "Processor time of the switch spent for the domain.",
+    ),
     "isthmus_connections_opened_total": ("counter", "Connections opened on this node, by path."),
     "isthmus_connections_open": ("gauge", "Connections the broker knows."),
     "isthmus_connections_cut_total": (
@@ -108,6 +112,7 @@ def _samples(service: Service) -> Iterable[Sample]:
             yield "isthmus_domain_limit", {**label, "limit": what}, most
         yield "isthmus_domain_control_messages_total", label, domain.control_messages
         yield "isthmus_domain_throttled_total", label, domain.throttled
+        yield "isthmus_domain_switch_cpu_seconds_total", label, broker.switch.cpu_seconds_of(domain)
         for refusal, count in sorted(domain.refusals.items()):
             yield "isthmus_domain_refused_total", {**label, "refusal": refusal}, count
     made = broker.introductions

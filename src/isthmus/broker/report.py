@@ -76,6 +76,7 @@ def summarise_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
         "group": domain.group,
         "kind": domain.kind,
         **({"device": broker.switch.state_of(domain)} if domain.kind == "vm" else {}),
+        "switch_cpu_s": broker.switch.cpu_seconds_of(domain),
         "holds": {
             "attachments": [len(domain.attachments), limits.attachments],
             "ports": [domain.bound, limits.ports],

@@ -47,6 +47,7 @@ class Switch:
         self._loop = loop
         self._guests: dict[int, tuple[Domain, Door]] = {}
         self._states: dict[int, str] = {}
+        self._cpu_us: dict[int, int] = {}
         self._sock: socket.socket | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -56,6 +57,10 @@ class Switch:
         """``waiting``, ``attached`` or ``running``; ``no switch`` while there is none."""
         return self._states.get(domain.number, "no switch")
 
+    def cpu_seconds_of(self, domain: Domain) -> float:
+        """Processor time that the switch spent for a domain, a guest or who speaks with one."""
+        return self._cpu_us.get(domain.number, 0) / 1e6
+
     def add(self, domain: Domain, door: Door) -> None:
         self._guests[domain.number] = (domain, door)
         if self._sock is None:
@@ -64,6 +69,7 @@ class Switch:
             self._tell(domain, door)
 
     def remove(self, domain: Domain) -> None:
+        self._cpu_us.pop(domain.number, None)
         if self._guests.pop(domain.number, None) is not None:
             self._states.pop(domain.number, None)
             self._send(control_encode("guest-gone", 1, cid=domain.number))
@@ -144,6 +150,8 @@ class Switch:
             kind, _, fields = control_decode(packet)
             if kind == "guest-state":
                 self._note(int(fields["cid"]), str(fields["state"]), str(fields["text"]))
+            elif kind == "guest-cpu":
+                self._cpu_us[int(fields["cid"])] = int(fields["cpu_us"])
 
     def _note(self, cid: int, state: str, why: str) -> None:
         if cid in self._guests and self._states.get(cid) != state:
@@ -157,6 +165,8 @@ class Switch:
 
     def _hang_up(self) -> None:
         self._states.clear()
+        # The next switch counts from nothing.
+        self._cpu_us.clear()
         if self._sock is not None:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()

@@ -112,6 +112,8 @@ def _show_domain(domain: dict[str, Any]) -> None:
             for path, t in domain["traffic"].items()
         )
         table(None, ("path", ">connections", ">sent", ">received"), rows_)
+    if domain["switch_cpu_s"]:
+        click.echo(f"\nprocessor time of the switch: {domain['switch_cpu_s']:.3g} s")
     if domain["refused"]:
         click.echo(f"\nrefused: {_counts(domain['refused'])}")
 
