@@ -54,6 +54,8 @@ pub struct Bell {
     gone: AtomicBool,
     /// In a guest, where it may be used.
     doorbell: OnceLock<Arc<Doorbell>>,
+    /// In a guest, the socket was written: a thread of the kernel has to run before anybody hears it.
+    queued: AtomicBool,
 }
 
 /// The two ends of a new bell.
@@ -107,6 +109,7 @@ impl Bell {
             turned: Condvar::new(),
             gone: AtomicBool::new(false),
             doorbell: OnceLock::new(),
+            queued: AtomicBool::new(false),
         }
     }
 
@@ -121,6 +124,15 @@ impl Bell {
             return doorbell.ring();
         }
         let _ = packet::push(self.socket.as_fd(), &[1]);
+        self.queued.store(true, Ordering::Relaxed);
+    }
+
+    /// Before spinning in a guest: what was rung leaves it first. The kernel sends what a virtio socket is given from a
+    /// thread on the same processor, which a spinning program keeps from running.
+    pub fn let_out(&self) {
+        if self.queued.swap(false, Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
     }
 
     /// Has the peer's process closed its end?

@@ -377,6 +377,7 @@ impl Connection {
             return Err(Error::TimedOut { done });
         }
         let TxSide { tx, spin: budget, asleep, .. } = &mut *side;
+        self.before_spinning(budget);
         let peer_cpu = tx.peer_cpu();
         if spin(how.wait, budget, peer_cpu, 0, |_| tx.has_space() || !tx.open()) {
             return Ok(());
@@ -552,9 +553,16 @@ impl Connection {
         }
     }
 
+    fn before_spinning(&self, budget: &Spin) {
+        if budget.peer_is_elsewhere() {
+            self.bell.let_out();
+        }
+    }
+
     /// Spin until there is something or the budget is used up.
     fn spin_for_data(&self, side: &mut RxSide, how: &How<'_>) {
         let RxSide { rx, spin: budget, .. } = side;
+        self.before_spinning(budget);
         let peer_cpu = rx.peer_cpu();
         let gap = if self.one_way.load(Ordering::Relaxed) >= STREAMING { STREAM_GAP } else { 0 };
         spin(how.wait, budget, peer_cpu, gap, |thorough| {

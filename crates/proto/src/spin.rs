@@ -67,6 +67,12 @@ impl Spin {
         self.budget_ns = self.budget_ns.saturating_mul(2).clamp(self.min(), max);
     }
 
+    /// The peer runs on no processor of this kernel: we are in a guest.
+    #[must_use]
+    pub fn peer_is_elsewhere(&self) -> bool {
+        self.scale > 1
+    }
+
     fn min(&self) -> u32 {
         MIN_NS.saturating_mul(self.scale)
     }

@@ -52,6 +52,13 @@ class Run:
     line_us: float | None
     detail: dict[str, Any]
 
+    @property
+    def uneven(self) -> float | None:
+        """How far the pair that is furthest from the mean is from it, as a part of it; None for one pair."""
+        rates = [report["bytes"] / report["seconds"] for report in self.figures if report["seconds"]]
+        mean = sum(rates) / len(rates) if len(rates) > 1 else 0.0
+        return max(abs(rate - mean) for rate in rates) / mean if mean else None
+
 
 @dataclass
 class Seat:
@@ -268,6 +275,8 @@ def record_of(case: Case, runs: Sequence[Run], described: dict[str, Any]) -> Rec
     main = gbytes or p50 or per_second
     detail: dict[str, Any] = {"values": main, "foreign_load": median(run.foreign_load for run in runs)}
     detail["line_us"] = [run.line_us for run in runs]
+    if case.bench == "pairs" and not timed:
+        detail["uneven"] = median(uneven for run in runs if (uneven := run.uneven) is not None)
     for run in runs:
         detail.update(run.detail)
     return Record(

@@ -197,7 +197,7 @@ def _throughput(records: Sequence[Record]) -> Table:
 
 
 def _pairs(records: Sequence[Record]) -> Table:
-    headings = ["GB/s", "vs TCP", "CPU s/GB", "runs", "spread"]
+    headings = ["GB/s", "vs TCP", "uneven", "CPU s/GB", "runs", "spread"]
     table = _table(
         "Pairs at the same time, all together", ["pairs", "size", "transport", "wait", ""], headings
     )
@@ -210,6 +210,7 @@ def _pairs(records: Sequence[Record]) -> Table:
             _conditions(record),
             _number(record.gbytes_per_s),
             _times(ratio(record, records, "gbytes_per_s")),
+            _percent(record.detail.get("uneven")),
             _number(record.cpu_s_per_gb),
             str(record.runs),
             _percent(record.spread),

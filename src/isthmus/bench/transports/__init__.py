@@ -97,6 +97,11 @@ class Job:
         """What the native loops call this end of the load."""
         return f"{self.load}-{self.role}"
 
+    @property
+    def port(self) -> int:
+        """Where to listen: a port of a higher class, if there is one and this is measured beside others."""
+        return int(self.options.get("urgent_port", 0)) if self.case.beside is not None else 0
+
     def plan(self) -> PlanDict:
         """Return what the native loops want to know."""
         return PlanDict(

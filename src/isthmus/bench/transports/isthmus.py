@@ -71,7 +71,7 @@ class TRANSPORT(Transport):
     def server(self, job: Job, control: Control) -> Report:
         """Listen on a port that the broker chooses."""
         node = attach(job, "right")
-        listener = node.listen(0, "stream", backlog=128)
+        listener = node.listen(job.port, "stream", backlog=128)
         control.ready([node.identity["domain_name"], listener.port])
         if job.load == "connect":
             return serve(listener)

@@ -37,7 +37,7 @@ class TRANSPORT(Transport):
         """Accept one connection."""
         with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
             vsock.set_buffer(listener, BUFFER)
-            listener.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+            listener.bind((socket.VMADDR_CID_ANY, job.port or socket.VMADDR_PORT_ANY))
             listener.listen(8)
             control.ready([vsock.local_cid(), listener.getsockname()[1]])
             connection, _ = listener.accept()
