@@ -1,7 +1,6 @@
-//! One suite, both carriers: what a lane promises whoever carries it, and what a stranger can do
+//! One suite, all carriers: what a lane promises whoever carries it, and what a stranger can do
 //! with the descriptors that he is given.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -13,27 +12,34 @@ use isthmus_sys::memory;
 use isthmus_wire::control::{Carrier, SocketKind};
 use rustix::fs::SealFlags;
 
-const SMALL: u32 = 32 * 1024;
-const LARGE: u32 = 256 * 1024;
-const SECRET: u64 = 0x0123_4567_89ab_cdef;
+mod suite;
 
-/// Each function below, once for each carrier.
+use suite::{LARGE, SECRET, SMALL, pattern, receive, send, send_message};
+
+/// Each function below, and those of the suite, once for each carrier.
 macro_rules! contract {
-    ($($name:ident),+ $(,)?) => {
-        mod sealed { $(#[test] fn $name() { super::$name(super::Carrier::Sealed); })+ }
-        mod put { $(#[test] fn $name() { super::$name(super::Carrier::Put); })+ }
+    (suite: $($shared:ident),+; $($name:ident),+ $(,)?) => {
+        mod sealed {
+            $(#[test] fn $shared() { super::suite::$shared(super::sealed_pair); })+
+            $(#[test] fn $name() { super::$name(super::Carrier::Sealed); })+
+        }
+        mod put {
+            $(#[test] fn $shared() { super::suite::$shared(super::put_pair); })+
+            $(#[test] fn $name() { super::$name(super::Carrier::Put); })+
+        }
     };
 }
 
 contract! {
+    suite:
     bytes_of_every_size_arrive,
     messages_of_every_size_arrive_whole,
     a_long_walk_around_the_rings,
     two_threads_and_both_directions,
-    a_full_lane_takes_no_more_and_credit_opens_it_again,
     a_fresh_lane_takes_something_before_anybody_receives,
+    the_end_comes_after_the_last_byte;
+    a_full_lane_takes_no_more_and_credit_opens_it_again,
     a_message_that_did_not_fit_is_waited_for_and_nothing_less,
-    the_end_comes_after_the_last_byte,
     a_receiver_that_stops_is_seen_to,
     one_bell_for_one_sleeper,
     totals_are_what_went_through,
@@ -59,148 +65,18 @@ fn pair_of(carrier: Carrier, kind: SocketKind, small: u32, large: u32) -> Pair {
     Pair { here, there, offers }
 }
 
+fn sealed_pair(kind: SocketKind, small: u32, large: u32) -> suite::Pair {
+    let Pair { here, there, .. } = pair_of(Carrier::Sealed, kind, small, large);
+    suite::Pair { here, there }
+}
+
+fn put_pair(kind: SocketKind, small: u32, large: u32) -> suite::Pair {
+    let Pair { here, there, .. } = pair_of(Carrier::Put, kind, small, large);
+    suite::Pair { here, there }
+}
+
 fn pair(carrier: Carrier, kind: SocketKind) -> Pair {
     pair_of(carrier, kind, SMALL, LARGE)
-}
-
-fn pattern(from: u64, len: usize) -> Vec<u8> {
-    (from..from + len as u64).map(|i| (i.wrapping_mul(31) ^ (i >> 8)) as u8).collect()
-}
-
-/// Send what fits; the number of bytes.
-fn send(from: &mut Ends, data: &[u8]) -> usize {
-    with_source(data, |source| from.tx.write_stream(source)).expect("memory").bytes
-}
-
-fn send_message(from: &mut Ends, data: &[u8]) -> bool {
-    with_source(data, |source| from.tx.write_message(source)).expect("not too large").expect("memory").all
-}
-
-/// Receive what there is, at most `room` bytes: what was stored and the length of the message.
-fn receive(to: &mut Ends, room: usize) -> Option<(Vec<u8>, usize)> {
-    match to.rx.look().expect("an honest sender") {
-        Seen::Data(_) => {}
-        Seen::Nothing | Seen::End => return None,
-    }
-    let mut out = vec![0; room];
-    let (got, whole, _) = with_dest(&mut out, |dest| to.rx.read(dest)).expect("an honest sender");
-    out.truncate(got);
-    Some((out, whole))
-}
-
-/// Sizes around every edge of a record, a ring and a chunk.
-fn sizes(most: usize) -> Vec<usize> {
-    let edges = [1, 16, 48, 64, 1024, 4096, 8192, 16 * 1024, 32 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024];
-    let around = edges.iter().flat_map(|edge| edge - 1..=edge + 1);
-    around.filter(|size| (1..=most).contains(size)).chain([most]).collect()
-}
-
-fn bytes_of_every_size_arrive(carrier: Carrier) {
-    let mut p = pair(carrier, SocketKind::Stream);
-    let mut total = 0;
-    for size in sizes(1024 * 1024 + 1) {
-        let data = pattern(total, size);
-        let (mut sent, mut got) = (0, 0);
-        while got < size {
-            sent += send(&mut p.here, &data[sent..]);
-            let Some((piece, whole)) = receive(&mut p.there, 50_000) else {
-                // The sender may wait for its receiver to hear that the lane grows.
-                let _ = p.there.rx.settle();
-                continue;
-            };
-            assert_eq!(whole, piece.len());
-            assert_eq!(piece, data[got..got + piece.len()], "{size} bytes, at {got}");
-            got += piece.len();
-        }
-        assert_eq!(sent, size);
-        total += size as u64;
-    }
-    assert_eq!(p.there.rx.totals().0, total);
-}
-
-fn messages_of_every_size_arrive_whole(carrier: Carrier) {
-    let mut p = pair(carrier, SocketKind::Seqpacket);
-    let most = p.here.tx.message_max();
-    assert!(most > LARGE as usize / 3);
-    for size in sizes(most).into_iter().chain([0, 1]) {
-        let data = pattern(size as u64, size);
-        let mut attempts = 0;
-        while !send_message(&mut p.here, &data) {
-            // As above, and for nothing else.
-            assert_eq!(p.there.rx.look(), Ok(Seen::Nothing));
-            let _ = p.there.rx.settle();
-            attempts += 1;
-            assert!(attempts < 4, "an empty lane takes {size} bytes");
-        }
-        assert_eq!(receive(&mut p.there, most), Some((data, size)));
-    }
-    let too_large = vec![0; most + 1];
-    let refused = with_source(&too_large, |source| p.here.tx.write_message(source)).expect_err("too large");
-    assert_eq!((refused.len, refused.limit), (most + 1, most));
-    // What does not fit the caller's buffer is lost, and its length is told.
-    assert!(send_message(&mut p.here, &pattern(0, 100)));
-    assert!(send_message(&mut p.here, b"next"));
-    assert_eq!(receive(&mut p.there, 10), Some((pattern(0, 10), 100)));
-    assert_eq!(receive(&mut p.there, 10), Some((b"next".to_vec(), 4)));
-}
-
-fn a_long_walk_around_the_rings(carrier: Carrier) {
-    for (small, large) in [(4096, 0), (4096, 8192), (12_288, 0)] {
-        let mut p = pair_of(carrier, SocketKind::Seqpacket, small, large);
-        let most = p.here.tx.message_max();
-        let mut queue = VecDeque::new();
-        let mut state = 1u64;
-        for turn in 0..3000u64 {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let size = (state >> 33) as usize % most;
-            let data = pattern(turn, size);
-            let mut idle = 0;
-            while !send_message(&mut p.here, &data) {
-                if let Some((got, _)) = receive(&mut p.there, most) {
-                    assert_eq!(Some(got), queue.pop_front(), "turn {turn}");
-                } else {
-                    let _ = p.there.rx.settle();
-                    idle += 1;
-                    assert!(idle < 4, "an empty lane takes {size} bytes, turn {turn}");
-                }
-            }
-            queue.push_back(data);
-        }
-        while let Some((got, _)) = receive(&mut p.there, most) {
-            assert_eq!(Some(got), queue.pop_front());
-        }
-        assert!(queue.is_empty());
-    }
-}
-
-fn two_threads_and_both_directions(carrier: Carrier) {
-    const EACH: usize = 2 * 1024 * 1024;
-    let Pair { here, there, offers: _offers } = pair(carrier, SocketKind::Stream);
-    let run = |mut ends: Ends, mine: u64, other: u64| {
-        let data = pattern(mine, EACH);
-        let want = pattern(other, EACH);
-        let (mut sent, mut got) = (0, 0);
-        while sent < EACH || got < EACH {
-            let before = (sent, got);
-            // Pieces of ever other sizes.
-            let piece = (sent % 70_001 + 1).min(EACH - sent);
-            sent += send(&mut ends, &data[sent..sent + piece]);
-            if let Some((bytes, _)) = receive(&mut ends, 33_333) {
-                assert_eq!(bytes, want[got..got + bytes.len()]);
-                got += bytes.len();
-            }
-            if (sent, got) == before {
-                let _ = ends.rx.settle();
-                std::thread::yield_now();
-            }
-        }
-        // The peer may still wait for the last credit.
-        let _ = ends.rx.settle();
-        ends
-    };
-    let other = std::thread::spawn(move || run(there, 7, 1_000_003));
-    run(here, 1_000_003, 7);
-    other.join().expect("the other side");
 }
 
 fn a_full_lane_takes_no_more_and_credit_opens_it_again(carrier: Carrier) {
@@ -221,17 +97,6 @@ fn a_full_lane_takes_no_more_and_credit_opens_it_again(carrier: Carrier) {
     assert!(p.here.tx.has_space());
     assert_eq!(p.here.tx.in_flight(), 0);
     assert_eq!(send(&mut p.here, &data[..500]), 500);
-}
-
-/// Two programs that both send first and then receive must not wait for each other: like a kernel
-/// socket, a lane holds something whoever listens.
-fn a_fresh_lane_takes_something_before_anybody_receives(carrier: Carrier) {
-    let mut p = pair(carrier, SocketKind::Stream);
-    let data = pattern(0, SMALL as usize / 2);
-    assert_eq!(send(&mut p.here, &data), data.len());
-    let mut p = pair(carrier, SocketKind::Seqpacket);
-    assert!(send_message(&mut p.here, &data));
-    assert_eq!(receive(&mut p.there, data.len()), Some((data.clone(), data.len())));
 }
 
 /// A sender that took any space for enough would try again and again instead of sleeping, and
@@ -255,24 +120,6 @@ fn a_message_that_did_not_fit_is_waited_for_and_nothing_less(carrier: Carrier) {
     assert!(p.here.tx.has_space());
     assert!(send_message(&mut p.here, &large));
     assert_eq!(receive(&mut p.there, most), Some((large, most)));
-}
-
-fn the_end_comes_after_the_last_byte(carrier: Carrier) {
-    let mut p = pair(carrier, SocketKind::Stream);
-    assert_eq!(send(&mut p.here, b"last words"), 10);
-    let _ = p.here.tx.finish().expect("memory");
-    assert_eq!(receive(&mut p.there, 4), Some((b"last".to_vec(), 4)));
-    assert_eq!(receive(&mut p.there, 40), Some((b" words".to_vec(), 6)));
-    for _ in 0..2 {
-        assert_eq!(p.there.rx.look(), Ok(Seen::End));
-    }
-    // The other direction goes on.
-    assert_eq!(send(&mut p.there, b"answer"), 6);
-    assert_eq!(receive(&mut p.here, 40), Some((b"answer".to_vec(), 6)));
-    assert_eq!(p.here.rx.look(), Ok(Seen::Nothing));
-    let mut empty = pair(carrier, SocketKind::Seqpacket);
-    let _ = empty.here.tx.finish().expect("memory");
-    assert_eq!(empty.there.rx.look(), Ok(Seen::End));
 }
 
 fn a_receiver_that_stops_is_seen_to(carrier: Carrier) {
