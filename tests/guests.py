@@ -43,6 +43,16 @@ def needs(monitor: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(False, reason="")
 
 
+def switch_of(directory: Path) -> int:
+    """The process of a runtime directory's switch."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if b"switch" in words and os.fsencode(directory) in words:
+                return int(entry.parent.name)
+    raise AssertionError("there is no switch")
+
+
 class Program:
     """A program that runs in a guest."""
 

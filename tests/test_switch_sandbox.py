@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import becomes
+from guests import switch_of
 
 from isthmus.testing import PrivateBroker
 
@@ -93,12 +94,3 @@ def test_the_switch_of_a_node_is_confined() -> None:
             assert int(status[kind], 16) & ~dac_read_search == 0
         limits = Path(f"/proc/{switch}/limits").read_text().splitlines()
         assert next(line.split()[4:6] for line in limits if line.startswith("Max core")) == ["0", "0"]
-
-
-def switch_of(directory: Path) -> int:
-    """The process of a runtime directory's switch."""
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        words = entry.read_bytes().split(b"\0")
-        if b"switch" in words and str(directory).encode() in words:
-            return int(entry.parent.name)
-    raise AssertionError("there is no switch")

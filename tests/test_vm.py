@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import becomes
-from guests import Node, needs
+from guests import Node, needs, switch_of
 from test_forward import all_of, forward, unix_client
-from test_switch_sandbox import switch_of
 
 import isthmus
 from isthmus.testing import PrivateBroker

@@ -203,6 +203,24 @@ def test_a_hundred_connections_one_after_the_other(node: Node) -> None:
     server.kill()
 
 
+def test_connections_that_are_over_before_their_opener_is_told(node: Node) -> None:
+    with node.listen("c", 7143) as listener:
+        client = node["a"].python("""
+            import isthmus
+            for turn in range(200):
+                with isthmus.create_connection(("c", 7143), 30) as sock:
+                    assert sock.recv(100) == b"%d" % turn, turn
+                    assert sock.recv(100) == b""
+            print("good")
+        """)
+        for turn in range(200):
+            sock, _ = listener.accept()
+            with sock:
+                sock.sendall(b"%d" % turn)
+        assert client.line() == "good"
+    assert client.code() == 0
+
+
 def test_what_is_made_and_read_in_place(node: Node) -> None:
     """Between guests one copy is left on the whole way."""
     server = node["b"].python("""

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import becomes
-from guests import LIMIT_S, Node, needs
+from guests import LIMIT_S, Node, Program, needs, switch_of
+
+import isthmus
 
 pytestmark = needs("uml")
 
@@ -39,15 +41,6 @@ PLAIN_ECHO = """
 def node() -> Iterator[Node]:
     with Node("uml", guests=("a", "b"), containers=("c",), agents=True) as node:
         yield node
-
-
-def switch_of(node: Node) -> int:
-    """The switch's process."""
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        words = entry.read_bytes().split(b"\0")
-        if b"switch" in words and os.fsencode(node.broker.directory) in words:
-            return int(entry.parent.name)
-    raise AssertionError("there is no switch")
 
 
 def connected(node: Node, code: str, port: int) -> socket.socket:
@@ -91,7 +84,7 @@ def test_a_paused_guest_goes_on_where_it_was_and_stalls_nobody(node: Node) -> No
             with other:
                 other.sendall(other.recv(100))
                 assert client.line() == "b'hello'"
-        time.sleep(1)
+        time.sleep(10)
         node["b"].guest.signal(signal.SIGCONT)
         for sock in (plain, fast):
             got = b""
@@ -115,7 +108,7 @@ def test_a_killed_switch_is_told_at_once_and_another_one_serves_new_guests(node:
         other, _ = listener.accept()
         with other:
             assert client.line() == "connected"
-            os.kill(switch_of(node), signal.SIGKILL)
+            os.kill(switch_of(node.broker.directory), signal.SIGKILL)
             began = time.monotonic()
             for sock in (fast, other):
                 with pytest.raises(ConnectionResetError):
@@ -128,6 +121,104 @@ def test_a_killed_switch_is_told_at_once_and_another_one_serves_new_guests(node:
     node.boot("b").guest.wait_ready()
     node.start_agent("b")
     connected(node, ECHO, 9321).close()
+
+
+#: Sends ever larger numbers for some seconds, in pieces of ever other sizes.
+COUNT = """
+    import array, isthmus, socket, time
+    def connect():
+        if {plain}:
+            sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+            sock.connect(({number}, {port}))
+            return sock
+        return isthmus.create_connection(("{to}", {port}), 30)
+    with connect() as sock:
+        print("connected")
+        until, count = time.monotonic() + {seconds}, 0
+        while time.monotonic() < until:
+            size = 1 + count * 7919 % 9973
+            sock.sendall(array.array("Q", range(count, count + size)))
+            count += size
+        sock.shutdown(socket.SHUT_WR)
+        print(count)
+        assert sock.recv(1) == b""
+"""
+#: Checks that each number comes once, in its turn.
+CHECK = """
+    import array, isthmus, socket
+    def listen():
+        if {plain}:
+            listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+            listener.bind((socket.VMADDR_CID_ANY, {port}))
+            listener.listen(8)
+            return listener
+        return isthmus.create_server(("", {port}))
+    with listen() as listener:
+        print("listening")
+        sock, _ = listener.accept()
+    with sock:
+        count, rest = 0, b""
+        while data := sock.recv(1 << 18):
+            data = rest + data
+            whole = len(data) // 8 * 8
+            got, rest = array.array("Q", data[:whole]), data[whole:]
+            assert got == array.array("Q", range(count, count + len(got))), count
+            count += len(got)
+        assert not rest
+        print(count)
+"""
+
+
+def listening(node: Node, port: int) -> isthmus.Socket:
+    """A listening socket of the container c, as soon as it has found the broker again."""
+    while True:
+        try:
+            return node.listen("c", port)
+        except isthmus.errors.BrokerLost:
+            time.sleep(0.01)
+
+
+def test_a_broker_killed_again_and_again_is_not_noticed(node: Node) -> None:
+    """What flows goes on, every number once and in order; and new connections can be made each time."""
+    flows: list[tuple[Program, Program]] = []
+    for port, plain in ((9340, True), (9341, False), (9342, True), (9343, False)):
+        here, there = ("a", "b") if port % 4 < 2 else ("b", "a")
+        checks = node[there].python(CHECK.format(plain=plain, port=port))
+        assert checks.line() == "listening"
+        words = {"plain": plain, "port": port, "to": there, "number": node.number(there), "seconds": 12}
+        counts = node[here].python(COUNT.format(**words))
+        assert counts.line() == "connected"
+        flows.append((counts, checks))
+    for turn in range(5):
+        time.sleep(0.5)
+        node.broker.kill()
+        time.sleep(0.3)
+        node.broker.start()
+        client = node["a"].python(
+            """
+            import isthmus, sys, time
+            from isthmus import errors
+            while True:
+                try:
+                    sock = isthmus.create_connection(("c", int(sys.argv[1])), 30)
+                    break
+                except (errors.NoBroker, errors.NobodyListens, errors.BrokerLost):
+                    time.sleep(0.05)
+            with sock:
+                print(sock.recv(100))
+        """,
+            7340 + turn,
+        )
+        with listening(node, 7340 + turn) as listener:
+            sock, _ = listener.accept()
+            with sock:
+                sock.sendall(b"new")
+            assert client.line() == "b'new'"
+    for counts, checks in flows:
+        count = counts.line()
+        assert int(count) > 0
+        assert checks.line() == count
+        assert counts.code() == checks.code() == 0
 
 
 def test_a_removed_domain_s_connections_are_cut(node: Node) -> None:
@@ -195,7 +286,7 @@ def test_sixteen_guests_at_once_cost_the_switch_little() -> None:
                     assert sock.recv(100).decode() == who
                     sock.sendall(f"hello {who}".encode())
             assert [program.line() for program in programs] == [f"hello {name}" for name in names]
-        status = Path(f"/proc/{switch_of(node)}/status").read_text()
+        status = Path(f"/proc/{switch_of(node.broker.directory)}/status").read_text()
         anonymous_kib = int(status.partition("RssAnon:")[2].split()[0])
         # What the interpreter takes is in it.
         assert anonymous_kib < 16 * 4 * 1024

@@ -260,8 +260,8 @@ class Program:
             self._sock.close()
             if self._control is not None:
                 self._control.close()
-            held = [seat for seats_ in self._held.values() for seat in seats_ if seat.free]
-            for seat in self._spare + held:
+            mine = [*self._asked.values(), *(seat for held in self._held.values() for seat in held)]
+            for seat in self._spare + [seat for seat in mine if seat.free]:
                 await seats.drop(seat)
 
     async def _from_program(self) -> None:
@@ -330,16 +330,18 @@ class Program:
     def _free(self, seat: Seat) -> None:
         """The switch touches it no more. If its program is done with it too, that one may have it again."""
         seat.free = True
-        for request, asked in list(self._asked.items()):
-            if asked is seat:
-                del self._asked[request]
+        if self.closed or seat.last:
+            self._agent.seats.drop_soon(seat)
+        # Over before its program was told that it began? What was sent to it lies there, and it is told.
+        elif not seat.given and seat not in self._asked.values():
+            self._keep(seat)
+
+    def _keep(self, seat: Seat) -> None:
+        """Nobody uses it: for the next connection of this program."""
         if seat.bell is not None:
             seat.bell.close()
             seat.bell = None
-        if self.closed or seat.last:
-            self._agent.seats.drop_soon(seat)
-        elif not seat.given:
-            self._spare.append(seat)
+        self._spare.append(seat)
 
     def _leave(self, connection: int) -> None:
         """The program has closed a connection: it writes no more where that sat.
@@ -356,7 +358,7 @@ class Program:
         for seat in seats:
             seat.given = False
             if seat.free:
-                self._spare.append(seat)
+                self._keep(seat)
 
     def _forget(self, connection: int) -> None:
         """The broker has cut a connection: the program will not say when it has closed it."""
@@ -380,6 +382,9 @@ class Program:
             elif kind == "connected" and request in self._asked:
                 self._give(kind, request, fields, self._asked.pop(request))
             else:
+                refused = self._asked.pop(request, None)
+                if refused is not None and refused.free:
+                    self._keep(refused)
                 if kind == "cut":
                     self._forget(int(fields["connection"]))
                 self._answer(packet, ())

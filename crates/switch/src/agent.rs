@@ -497,7 +497,7 @@ impl Switch {
         let moved = from.relay(to, budget);
         from.pass_stop(to);
         // A side that is gone has nothing more to take, and nothing to give once its lane is empty.
-        let over = to.gone() && !to.has_more() || from.gone() && !from.has_more();
+        let over = to.gone() && to.drained(from) || from.gone() && from.drained(to);
         self.ring_guest(id, OPENER);
         self.ring_guest(id, ACCEPTER);
         if over {

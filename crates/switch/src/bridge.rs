@@ -311,9 +311,13 @@ impl Bridge {
         }
     }
 
-    /// Is there something that the other side could get?
-    pub fn has_more(&mut self) -> bool {
-        matches!(self.front(), Front::Bytes(..))
+    /// Has the other side got everything that will ever come from this one, and the end if there was one?
+    pub fn drained(&mut self, to: &Self) -> bool {
+        match self.front() {
+            Front::Bytes(..) => false,
+            Front::End => to.ends.tx.finished(),
+            Front::Nothing | Front::Broken => self.gone,
+        }
     }
 
     /// What the receiver of the other direction says about this one: it takes nothing more.
