@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -162,12 +163,15 @@ class Node:
         containers: tuple[str, ...] = (),
         policy: str | None = None,
         agents: bool = False,
+        switch: tuple[str, ...] = (),
         **options: Any,
     ) -> None:
         self.monitor = monitor
         self.broker = PrivateBroker(containers, policy)
         self._names = guests
         self._agents = agents
+        #: Options of a switch of one's own, instead of the one that the broker starts.
+        self._switch = switch
         self._options = options
         self._domains: dict[str, dict[str, Any]] = {}
         self._machines: dict[str, Machine] = {}
@@ -177,6 +181,8 @@ class Node:
     def __enter__(self) -> Self:
         try:
             self._stack.enter_context(self.broker)
+            if self._switch:
+                self._start_switch()
             for name in self._names:
                 self.broker.ask("domain-add", name=name, group=None, uid=None, kind="vm")
             self._domains = {d["name"]: d for d in self.broker.ask("domain-list")["domains"]}
@@ -191,6 +197,16 @@ class Node:
             self._stack.close()
             raise
         return self
+
+    def _start_switch(self) -> None:
+        words = ["switch", "--stay", "--dir", str(self.broker.directory), *self._switch]
+        process = subprocess.Popen([sys.executable, "-m", "isthmus", *words])
+        self._stack.callback(process.wait)
+        self._stack.callback(process.terminate)
+        until = time.monotonic() + LIMIT_S
+        while not (self.broker.directory / "switch").exists():
+            assert time.monotonic() < until, "the switch does not start"
+            time.sleep(0.01)
 
     def boot(self, name: str) -> Machine:
         """Start a guest (again)."""

@@ -64,7 +64,7 @@ def stop():
     os.memfd_create("x")
     return True
 
-_native.run_switch(listener.detach(), True, sys.argv[2] == "confined", stop)
+_native.run_switch(listener.detach(), True, sys.argv[2] == "confined", 0.0, stop)
 assert os.getpid() == mine
 print(json.dumps(found))
 """

@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import becomes
-from guests import Machine, Node, Program, needs
+from guests import Machine, Node, Program, needs, switch_of
 
 MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=needs("qemu"))]
 
@@ -412,3 +413,41 @@ def test_a_restarted_broker_cuts_nothing_and_serves_at_once(node: Node) -> None:
             client.kill()
             thread.join(30)
     server.kill()
+
+
+@needs("uml")
+@pytest.mark.parametrize("poll", ["2000", "always"])
+def test_a_switch_that_polls(poll: str) -> None:
+    """Programs need not ring, or only after a pause; what arrives is the same."""
+    with Node("uml", containers=("c",), agents=True, switch=("--poll", poll)) as node:
+        server = serve(node["b"], 9400)
+        for size in (0, 1, 3_000_000):
+            client = node["a"].python(CLIENT.format(to="b", port=9400, size=size))
+            assert client.line().startswith("switch")
+            assert server.line() == f"a switch {size}"
+        slow = node["a"].python("""
+            import isthmus, time
+            with isthmus.create_connection(("c", 7400), 30) as sock:
+                for turn in range(20):
+                    time.sleep(0.02 * (turn % 3))
+                    sock.sendall(bytes([turn]))
+                    assert sock.recv(1) == bytes([turn])
+            print("good")
+        """)
+        with node.listen("c", 7400) as listener:
+            sock, _ = listener.accept()
+            with sock:
+                while data := sock.recv(100):
+                    sock.sendall(data)
+        assert slow.line() == "good"
+        switch = switch_of(node.broker.directory)
+        before = ticks_of(switch)
+        time.sleep(1)
+        busy = (ticks_of(switch) - before) / os.sysconf("SC_CLK_TCK")
+        # Without lanes there is nothing to look at.
+        assert busy < 0.5
+
+
+def ticks_of(pid: int) -> int:
+    """Processor time of a process, in ticks."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))

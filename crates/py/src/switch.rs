@@ -13,6 +13,7 @@ fn failed(error: std::io::Error) -> PyErr {
 /// Be the switch: serve the broker that connects to `listener`, a listening SOCK_SEQPACKET socket whose descriptor is
 /// the switch's from now on, and the guests it names. Ends when `stop()` is true, which is asked twice a second and
 /// after each signal; and, unless `stay`, when there has been neither a broker nor a guest for a while.
+/// `poll_s`: seconds for which lanes are looked at after something was moved; infinite for ever.
 /// With `confined` this process can do little else from then on. OSError if the kernel gives no descriptors or does
 /// not confine us.
 #[pyfunction]
@@ -21,6 +22,7 @@ pub fn run_switch(
     listener: i32,
     stay: bool,
     confined: bool,
+    poll_s: f64,
     stop: Py<PyAny>,
 ) -> PyResult<()> {
     // SAFETY: the caller gives the descriptor away.
@@ -28,7 +30,9 @@ pub fn run_switch(
     let mut error = None;
     let mut asked = std::time::Instant::now();
     py.detach(|| {
-        let mut switch = Switch::new(listener)?;
+        // Too long for a duration is for ever.
+        let poll = std::time::Duration::try_from_secs_f64(poll_s).unwrap_or(std::time::Duration::MAX);
+        let mut switch = Switch::new(listener)?.with_poll(poll);
         if confined {
             sandbox::enter()?;
         }

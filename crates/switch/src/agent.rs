@@ -404,7 +404,7 @@ impl Switch {
         };
         if let Some((flow, side)) = place.flow {
             // What it had sent and the other side can take is delivered first.
-            self.relay(flow, side, LAST_BYTES);
+            self.relay(flow, side, LAST_BYTES, true);
             if let Some(flow) = self.flows.get_mut(&flow) {
                 flow.seats[side] = None;
             }
@@ -489,12 +489,12 @@ impl Switch {
     // ---- from lane to lane
 
     /// Move at most `budget` bytes of one direction of a connection between two programs. Returns how many, and
-    /// whether there are more that could be moved now.
-    pub(crate) fn relay(&mut self, id: FlowId, from: usize, budget: usize) -> (usize, bool) {
+    /// whether there are more that could be moved now. `sleep`: as for [`crate::bridge::Bridge::relay`].
+    pub(crate) fn relay(&mut self, id: FlowId, from: usize, budget: usize, sleep: bool) -> (usize, bool) {
         let Some(flow) = self.flows.get_mut(&id) else { return (0, false) };
         let [Side::Lane(a), Side::Lane(b)] = &mut flow.sides else { return (0, false) };
         let (from, to) = if from == OPENER { (a, b) } else { (b, a) };
-        let moved = from.relay(to, budget);
+        let moved = from.relay(to, budget, sleep);
         from.pass_stop(to);
         // A side that is gone has nothing more to take, and nothing to give once its lane is empty.
         let over = to.gone() && to.drained(from) || from.gone() && from.drained(to);

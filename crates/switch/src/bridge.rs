@@ -267,13 +267,14 @@ impl Bridge {
     /// Copy from the front of this lane into the other one, as far as that takes it. Returns the bytes, and whether
     /// there may be more that it would take.
     ///
-    /// One copy, from one program's memory into the other's.
-    pub fn relay(&mut self, to: &mut Self, budget: usize) -> (usize, bool) {
+    /// One copy, from one program's memory into the other's. With `sleep` both programs are asked to ring when there is
+    /// more to do; without, the caller has to look again by itself ([`Bridge::could_relay`]).
+    pub fn relay(&mut self, to: &mut Self, budget: usize, sleep: bool) -> (usize, bool) {
         let mut moved = 0;
         loop {
             let (piece, message) = match self.front() {
                 Front::Bytes(piece, message) => (piece, message),
-                Front::Nothing if self.listen() => continue,
+                Front::Nothing if sleep && self.listen() => continue,
                 Front::Nothing | Front::Broken => return (moved, false),
                 Front::End => {
                     to.finish();
@@ -305,9 +306,19 @@ impl Bridge {
             }
             // A short record is not for nothing either.
             moved += written.bytes.max(RECORD_COST);
-            if !written.all && (to.ends.tx.arm().is_err() || !to.ends.tx.has_space()) {
+            if !written.all && (!sleep || to.ends.tx.arm().is_err() || !to.ends.tx.has_space()) {
                 return (moved, false);
             }
+        }
+    }
+
+    /// Would [`Bridge::relay`] do something now?
+    pub fn could_relay(&mut self, to: &mut Self) -> bool {
+        match self.front() {
+            Front::Bytes(..) => to.ends.tx.has_space(),
+            Front::End => !to.ends.tx.finished(),
+            Front::Nothing => self.gone,
+            Front::Broken => true,
         }
     }
 

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 
 use isthmus_proto::sched::{QUANTUM, Terms};
 
-use crate::flow::{ACCEPTER, FlowId, OPENER};
+use crate::flow::{ACCEPTER, FlowId, OPENER, Side};
 use crate::switch::Switch;
 
 /// Quanta between two looks for events.
 const SERVICES: usize = 4;
+/// Looks at lanes between two looks for events, while we poll.
+const LOOKS: usize = 32;
 /// Of an item: it is a guest's transmit queue. Otherwise it is a flow, and the side whose bytes move in the lowest bit.
 const GUEST: u64 = 1 << 63;
 
@@ -96,7 +98,14 @@ impl Switch {
             return (0, false);
         }
         flow.marked[from] = false;
-        let (bytes, more) = self.relay(id, from, QUANTUM);
+        let polling = self.polling();
+        let (bytes, more) = self.relay(id, from, QUANTUM, !polling);
+        if polling && !more {
+            self.polled.insert(item);
+        }
+        if bytes > 0 && !self.poll.is_zero() {
+            self.moved = Instant::now();
+        }
         if let Some(flow) = self.flows.get_mut(&id) {
             if rate > 0 {
                 flow.buckets[from].take(bytes);
@@ -104,6 +113,42 @@ impl Switch {
             flow.marked[from] = more;
         }
         (bytes, more)
+    }
+
+    /// Is it so short ago that a lane had something that they are looked at all the time?
+    fn polling(&self) -> bool {
+        !self.poll.is_zero() && self.moved.elapsed() < self.poll
+    }
+
+    /// Look at the lanes whose programs were not asked to ring; when that has not paid for long enough, ask them.
+    pub(crate) fn look_at_polled(&mut self) {
+        for _ in 0..LOOKS {
+            if self.polled.is_empty() {
+                return;
+            }
+            let ready: Vec<u64> = if self.polling() {
+                let polled: Vec<u64> = self.polled.iter().copied().collect();
+                polled.into_iter().filter(|item| self.could_move(*item)).collect()
+            } else {
+                self.polled.iter().copied().collect()
+            };
+            for item in &ready {
+                self.polled.remove(item);
+                self.mark(item >> 1);
+            }
+            if !ready.is_empty() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Has this direction of a connection something to move; or is the connection over, and not to be looked at?
+    fn could_move(&mut self, item: u64) -> bool {
+        let Some(flow) = self.flows.get_mut(&(item >> 1)) else { return true };
+        let [Side::Lane(a), Side::Lane(b)] = &mut flow.sides else { return true };
+        let (from, to) = if item & 1 == OPENER as u64 { (a, b) } else { (b, a) };
+        from.could_relay(to)
     }
 
     fn push_again(&mut self, item: u64) {

@@ -109,6 +109,11 @@ pub struct Switch {
     pub(crate) terms: HashMap<(u32, u64), Terms>,
     pub(crate) began: Instant,
     pub(crate) account: Account,
+    /// For how long after something was moved lanes are looked at without waiting to be rung, and when that was.
+    pub(crate) poll: Duration,
+    pub(crate) moved: Instant,
+    /// Directions of connections whose programs do not ring now.
+    pub(crate) polled: BTreeSet<u64>,
     /// When guests that do not answer were last looked for.
     pub(crate) swept: Instant,
     /// A chain in use, kept for its allocation.
@@ -141,10 +146,21 @@ impl Switch {
             terms: HashMap::new(),
             began: Instant::now(),
             account: Account::new(),
+            poll: Duration::ZERO,
+            moved: Instant::now(),
+            polled: BTreeSet::new(),
             swept: Instant::now(),
             chain: Chain::default(),
             scratch: Chain::default(),
         })
+    }
+
+    /// Look at lanes for so long after something was moved before their programs have to ring. On a machine with
+    /// processors to spare; `Duration::MAX` keeps one of them busy for ever.
+    #[must_use]
+    pub fn with_poll(mut self, poll: Duration) -> Self {
+        self.poll = poll;
+        self
     }
 
     /// Serve until `stop` says so or, unless `stay`, nobody needs us. `stop` is asked in every turn, at least once a second, and told whether a signal came.
@@ -174,6 +190,7 @@ impl Switch {
                 now = self.account.note(domain, now);
             }
             self.attach_again();
+            self.look_at_polled();
             self.turn();
             self.tell_account();
         }
@@ -182,7 +199,7 @@ impl Switch {
 
     /// How long nothing needs to be done.
     fn patience(&self) -> Duration {
-        if self.guests.values().any(|guest| guest.pressed) {
+        if !self.polled.is_empty() || self.guests.values().any(|guest| guest.pressed) {
             return Duration::ZERO;
         }
         let rest = self.rest();

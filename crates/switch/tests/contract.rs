@@ -70,7 +70,7 @@ fn seats(kind: SocketKind, small: u32, large: u32) -> Pair {
     let (mut a, mut b) = (bridge(&one), bridge(&other));
     set_pump(Some(Box::new(move || {
         let _seats = (&one, &other);
-        while a.relay(&mut b, usize::MAX).1 || b.relay(&mut a, usize::MAX).1 {}
+        while a.relay(&mut b, usize::MAX, true).1 || b.relay(&mut a, usize::MAX, true).1 {}
         a.pass_stop(&b);
         b.pass_stop(&a);
     })));

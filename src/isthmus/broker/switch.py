@@ -177,8 +177,19 @@ class ServeError(Exception):
     """The switch cannot start."""
 
 
-def serve(directory: Path, *, stay: bool = False, confined: bool = True) -> None:
+def serve(directory: Path, *, stay: bool = False, confined: bool = True, poll_s: float = 0.0) -> None:
     """Be the switch of a runtime directory until a signal, or until neither broker nor guest is there.
+
+    Parameters
+    ----------
+    directory : Path
+    stay : bool
+        Stay also while there is neither.
+    confined : bool
+        Give up every privilege and most system calls first.
+    poll_s : float, seconds
+        How long lanes are looked at after something was moved, before their programs have to ring;
+        ``math.inf`` keeps a processor busy for ever.
 
     Raises
     ------
@@ -208,6 +219,6 @@ def serve(directory: Path, *, stay: bool = False, confined: bool = True) -> None
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         # Its socket stays behind: by the end it may remove nothing, and the next switch replaces it.
-        _native.run_switch(sock.detach(), stay, confined, lambda: stopped)
+        _native.run_switch(sock.detach(), stay, confined, poll_s, lambda: stopped)
     except OSError as error:
         raise ServeError(f"the kernel does not let the switch run: {error.strerror or error}") from None
