@@ -52,7 +52,7 @@ impl How<'_> {
 const LOOKS_PER_CLOCK: u32 = 512;
 /// A clock that takes longer is slow, and is looked at so many times less often.
 const SLOW_CLOCK: Duration = Duration::from_micros(3);
-const SLOW_FACTOR: u32 = 16;
+const SLOW_FACTOR: u32 = 128;
 /// Looks before the processor is told that we spin.
 const EAGER_LOOKS: u32 = 2 * LOOKS_PER_CLOCK;
 /// A wait that ended within so many looks says nothing about the budget.
@@ -114,7 +114,7 @@ pub(crate) fn spin(
         if now.duration_since(*start.get_or_insert(now)) > limit {
             if wait == Wait::Adaptive {
                 budget.miss();
-                look_at_the_crowd(budget.peer_is_elsewhere());
+                look_at_the_crowd();
             }
             return false;
         }
@@ -148,8 +148,8 @@ fn crowded() -> bool {
 }
 
 /// Read the number of runnable tasks, now and then. Only after spinning in vain: a wait that ends
-/// in time never pays for it. `peer_is_elsewhere`: not on a processor of this kernel.
-fn look_at_the_crowd(peer_is_elsewhere: bool) {
+/// in time never pays for it.
+fn look_at_the_crowd() {
     let now = now_ns();
     let age = now.wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed));
     if age < CROWD_NS {
@@ -158,8 +158,7 @@ fn look_at_the_crowd(peer_is_elsewhere: bool) {
     CROWD_READ_AT.store(now, Ordering::Relaxed);
     // Those of the machine: a program pinned to one has its peer on another.
     let processors = cpu::online();
-    let alone = processors < 2 && !peer_is_elsewhere;
-    if alone || cpu::runnable().is_some_and(|tasks| tasks > processors) {
+    if processors < 2 || cpu::runnable().is_some_and(|tasks| tasks > processors) {
         CROWD.fetch_add(1, Ordering::Relaxed);
     } else {
         CROWD.store(0, Ordering::Relaxed);
