@@ -17,6 +17,8 @@ import pytest
 from conftest import becomes
 from guests import Machine, Node, Program, needs, switch_of
 
+import isthmus
+
 MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=needs("qemu"))]
 
 
@@ -220,6 +222,46 @@ def test_connections_that_are_over_before_their_opener_is_told(node: Node) -> No
                 sock.sendall(b"%d" % turn)
         assert client.line() == "good"
     assert client.code() == 0
+
+
+#: How many seats the agent of a guest keeps.
+SEATS = """
+    import os
+    from pathlib import Path
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"agent" in (process / "cmdline").read_bytes():
+                count += sum("isthmus-seat" in os.readlink(fd) for fd in (process / "fd").iterdir())
+        except OSError:
+            pass
+    print(count)
+"""
+
+
+def test_connections_that_are_refused_cost_a_guest_no_memory(node: Node) -> None:
+    def seats() -> int:
+        return int(node["b"].python(SEATS).line())
+
+    server = node["b"].python("""
+        import isthmus, time
+        with isthmus.create_server(("", 9144), backlog=1) as listener:
+            print("listening")
+            time.sleep(100)
+    """)
+    assert server.line() == "listening"
+    with contextlib.ExitStack() as stack:
+        refused = 0
+        for _ in range(12):
+            try:
+                stack.enter_context(node.connect("c", "b", 9144))
+            except isthmus.errors.BacklogFull:
+                refused += 1
+        assert refused >= 8
+        becomes(lambda: seats() <= 8)
+    server.kill()
+    server.code()
+    becomes(lambda: seats() <= 4)
 
 
 def test_what_is_made_and_read_in_place(node: Node) -> None:

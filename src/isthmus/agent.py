@@ -182,8 +182,12 @@ class Seats:
             ("seat", {"seat": number, "small": small, "large": large, "runs": count})
         ]
         packets += [("pages", {"runs": seat.memory.runs(first, RUNS)}) for first in range(0, count, RUNS)]
-        await self._ask(*packets)
-        await self.hang_bell(seat)
+        try:
+            await self._ask(*packets)
+            await self.hang_bell(seat)
+        except BaseException:
+            self.drop_soon(seat)
+            raise
         return seat
 
     async def hang_bell(self, seat: Seat) -> None:
@@ -260,6 +264,8 @@ class Program:
             self._sock.close()
             if self._control is not None:
                 self._control.close()
+            for seat in self._asked.values():
+                self._silence(seat)
             mine = [*self._asked.values(), *(seat for held in self._held.values() for seat in held)]
             for seat in self._spare + [seat for seat in mine if seat.free]:
                 await seats.drop(seat)
@@ -338,10 +344,13 @@ class Program:
 
     def _keep(self, seat: Seat) -> None:
         """Nobody uses it: for the next connection of this program."""
+        self._silence(seat)
+        self._spare.append(seat)
+
+    def _silence(self, seat: Seat) -> None:
         if seat.bell is not None:
             seat.bell.close()
             seat.bell = None
-        self._spare.append(seat)
 
     def _leave(self, connection: int) -> None:
         """The program has closed a connection: it writes no more where that sat.
@@ -385,6 +394,9 @@ class Program:
                 refused = self._asked.pop(request, None)
                 if refused is not None and refused.free:
                     self._keep(refused)
+                elif refused is not None:
+                    # If the connection never sat there, the end of the bell is what the switch hears of it.
+                    self._silence(refused)
                 if kind == "cut":
                     self._forget(int(fields["connection"]))
                 self._answer(packet, ())

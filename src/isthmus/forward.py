@@ -186,7 +186,8 @@ class Endpoint:
                 )
             return _LaneListening(await aio.listen(self.port or 0, node=node))
         if self.kind == "tcp":
-            sock = socket.create_server((self.host, self.port or 0))
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            sock = socket.create_server((self.host, self.port or 0), family=family)
             return _KernelListening(sock, None)
         path = Path(self.host)
         _remove_stale(path)
@@ -208,21 +209,41 @@ class Endpoint:
         """
         if self.kind == "domain":
             return _Lane(await aio.connect((self.host, self.port or port or 0), node=node))
+        if self.kind == "unix":
+            return _Kernel(await _connect_unix(self.host))
         loop = asyncio.get_running_loop()
-        family = socket.AF_UNIX if self.kind == "unix" else socket.AF_INET
-        address: object = self.host if self.kind == "unix" else (self.host, self.port)
-        if self.kind == "tcp":
-            family, _, _, _, address = (
-                await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-            )[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            await loop.sock_connect(sock, address)  # type: ignore[arg-type]  # as its family wants
-        except BaseException:
-            sock.close()
-            raise
-        return _Kernel(sock)
+        failed: OSError | None = None
+        for family, _, _, _, address in await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                await loop.sock_connect(sock, address)
+            except OSError as error:
+                sock.close()
+                failed = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return _Kernel(sock)
+        raise failed or OSError(errno.EHOSTUNREACH, f"{self}: no address")
+
+
+async def _connect_unix(path: str) -> socket.socket:
+    """Connect; where the listener has no room now, try again: nothing tells when it has."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                await asyncio.sleep(0.01)
+            else:
+                return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _remove_stale(path: Path) -> None:
@@ -363,9 +384,9 @@ class Forwarder:
                 one = await self._listening.accept()
             except OSError as error:
                 self._room.release()
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno in (errno.EBADF, errno.EINVAL):
                     raise
-                # Until some of those that are open have ended.
+                # One that is gone already; or until some of those that are open have ended.
                 await asyncio.sleep(0.1)
                 continue
             self._count += 1
@@ -381,6 +402,7 @@ class Forwarder:
         loop = asyncio.get_running_loop()
         began = loop.time()
         moved, error = [0, 0], None
+        done = False
         other: Stream | None = None
         try:
             async with asyncio.timeout(OPEN_S) if hasattr(asyncio, "timeout") else _timeout(OPEN_S):
@@ -394,6 +416,7 @@ class Forwarder:
             ]
             try:
                 await asyncio.gather(*ways)
+                done = True
             finally:
                 for way in ways:
                     way.cancel()
@@ -401,11 +424,12 @@ class Forwarder:
         except (OSError, ValueError, asyncio.TimeoutError) as failed:
             error = str(failed) or "it took too long to open"
         finally:
+            # What was cut short must not look as if it were all.
             for stream in (one, other):
-                if stream is not None and error is not None:
-                    stream.reset()
-                elif stream is not None:
+                if stream is not None and done:
                     stream.close()
+                elif stream is not None:
+                    stream.reset()
         self._ended(Ended(number, moved[0], moved[1], loop.time() - began, error))
 
 

@@ -166,13 +166,16 @@ class SendView:
         PeerClosed, PeerReset, ConnectionCut, Closed
             Nothing was sent.
         """
+        if self._view is None:
+            return
         self._end()
         own, self._own = self._own, None
         if own is None:
             self._connection.commit()
         else:
             self._connection.abandon()
-            self._connection.send(own, self._timeout)
+            # There was room: this waits for the copy alone, and a part of it is of no use to anybody.
+            self._connection.send(own, None)
 
     def abandon(self) -> None:
         """Send nothing of it. Harmless when repeated."""

@@ -145,6 +145,8 @@ impl<S: Store, V: View> Tx<S, V> {
 
     fn write_stream_in_pieces(&mut self, source: &mut Source<'_>) -> Result<Written, StoreFailed> {
         let asked = source.left();
+        // Whoever waited for room of a certain size has given up.
+        self.wanted = 0;
         let mut ring = Ring::Quiet;
         let grew = self.grow_for(asked)?;
         while source.left() > 0 {

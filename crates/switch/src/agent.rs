@@ -110,10 +110,16 @@ impl Switch {
             }
             Message::Accept { connection, .. } => {
                 let seat = self.attachments.get_mut(&id)?.seat.take();
-                // Unknown: its opener has given up meanwhile.
-                if let Some(flow) = self.asked_of(id, cid, connection) {
-                    if self.program_accepts(flow, seat).is_none() {
+                match self.asked_of(id, cid, connection) {
+                    Some(flow) if self.program_accepts(flow, seat).is_none() => {
                         self.end_flow(flow, By::Nobody);
+                    }
+                    Some(_) => {}
+                    // Its opener has given up meanwhile.
+                    None => {
+                        let text = "its opener has given up";
+                        let cut = Message::Cut { connection, refusal: Refusal::TimedOut, text };
+                        self.answer_agent(agent, 0, &cut);
                     }
                 }
             }
@@ -497,7 +503,7 @@ impl Switch {
         let moved = from.relay(to, budget, sleep);
         from.pass_stop(to);
         // A side that is gone has nothing more to take, and nothing to give once its lane is empty.
-        let over = to.gone() && to.drained(from) || from.gone() && from.drained(to);
+        let over = to.gone() && (from.gone() || to.drained(from)) || from.gone() && from.drained(to);
         self.ring_guest(id, OPENER);
         self.ring_guest(id, ACCEPTER);
         if over {
@@ -535,8 +541,13 @@ impl Switch {
                 let place = self.guests.get_mut(&cid).and_then(|guest| guest.seats.get_mut(&seat));
                 if let Some(place) = place.filter(|place| place.bell == Some(id)) {
                     place.bell = None;
+                    let Some((flow, side)) = place.flow else {
+                        // Nobody came to sit there: the agent may give the seat to another connection.
+                        let agent = place.agent;
+                        return self.answer_agent(agent, 0, &Message::SeatFree { seat });
+                    };
                     // The program has closed, or is gone: its side says no more.
-                    if let Some((flow, side)) = place.flow {
+                    {
                         if let Some(bridge) = self.flows.get_mut(&flow).and_then(|flow| flow.bridge(side)) {
                             bridge.lose();
                         }

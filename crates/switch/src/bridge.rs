@@ -314,6 +314,9 @@ impl Bridge {
 
     /// Would [`Bridge::relay`] do something now?
     pub fn could_relay(&mut self, to: &mut Self) -> bool {
+        if to.takes_now() != TAKES_ALL && to.takes_now() != self.stopped {
+            return true;
+        }
         match self.front() {
             Front::Bytes(..) => to.ends.tx.has_space(),
             Front::End => !to.ends.tx.finished(),
@@ -333,13 +336,21 @@ impl Bridge {
 
     /// What the receiver of the other direction says about this one: it takes nothing more.
     pub fn pass_stop(&mut self, to: &Self) {
-        match to.takes() {
+        match to.takes_now() {
             TAKES_ALL => {}
             state if self.stopped != state => {
                 self.stopped = state;
                 self.stop(state == RESET);
             }
             _ => {}
+        }
+    }
+
+    /// What the program takes; nothing, once it is gone.
+    fn takes_now(&self) -> u32 {
+        match self.takes() {
+            TAKES_ALL if self.gone => RESET,
+            takes => takes,
         }
     }
 
