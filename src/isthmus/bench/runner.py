@@ -27,6 +27,8 @@ __all__ = ["Runner", "measure"]
 
 #: A run that takes this much longer than its phases is stuck.
 PATIENCE_S = 15
+#: The same between guests, whose agents may still be starting.
+GUESTS_PATIENCE_S = 60
 #: How long the other ends of a failed run may take to say why, seconds.
 LAST_WORDS_S = 0.5
 
@@ -183,7 +185,8 @@ class Runner:
     def _converse(self, case: Case, seats: list[Seat], line_us: float | None) -> Run:
         setup = self.setups[case.transport]
         longest = max(seat.job.warmup_s + seat.job.duration_s for seat in seats)
-        deadline = time.monotonic() + longest + PATIENCE_S
+        patience_s = PATIENCE_S if self.guests is None else GUESTS_PATIENCE_S
+        deadline = time.monotonic() + longest + patience_s
         for seat in seats:
             seat.worker.say(seat.job.as_dict())
         servers = [seat for seat in seats if seat.job.role == "server"]
