@@ -398,11 +398,6 @@ class Forwarder:
         self._tasks.discard(task)
         self._room.release()
 
-    async def _open(self, one: Stream) -> tuple[Stream, int | None]:
-        """The other side of a connection, and the port that its client named, if it had to."""
-        port = await _hybrid_port(one) if self._here.kind == "hybrid" else None
-        return await self._there.connect(self._node, port), port
-
     async def _forward(self, one: Stream, number: int) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -410,7 +405,9 @@ class Forwarder:
         done = False
         other: Stream | None = None
         try:
-            other, port = await asyncio.wait_for(self._open(one), OPEN_S)
+            async with asyncio.timeout(OPEN_S) if hasattr(asyncio, "timeout") else _timeout(OPEN_S):
+                port = await _hybrid_port(one) if self._here.kind == "hybrid" else None
+                other = await self._there.connect(self._node, port)
             if port is not None:
                 await one.send(memoryview(b"OK %d\n" % port))
             ways = [
@@ -434,6 +431,29 @@ class Forwarder:
                 elif stream is not None:
                     stream.reset()
         self._ended(Ended(number, moved[0], moved[1], loop.time() - began, error))
+
+
+# Not wait_for: before Python 3.12 it can lose a cancellation that comes as the other side answers.
+@contextlib.asynccontextmanager
+async def _timeout(seconds: float):  # type: ignore[no-untyped-def]  # Python 3.10 has no asyncio.timeout
+    task = asyncio.current_task()
+    assert task is not None
+    expired = False
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        task.cancel()
+
+    handle = asyncio.get_running_loop().call_later(seconds, expire)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if expired:
+            raise asyncio.TimeoutError from None
+        raise
+    finally:
+        handle.cancel()
 
 
 async def _pass(source: Stream, sink: Stream, moved: list[int], way: int) -> None:
