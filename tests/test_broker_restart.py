@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broker_client import SMALL, Connection, Node, Program, Refused, eventually, inbox
+from conftest import becomes
+from guests import switch_of
 
 from isthmus.broker.service import ServiceError
 from isthmus.broker.state import State, StateError
+from isthmus.testing import PrivateBroker
 
 
 @pytest.fixture
@@ -303,3 +308,28 @@ def test_paths_may_be_longer_than_a_socket_address(tmp_path: Path) -> None:
         node.add("a" * 63)
         with Program(node.door("a" * 63)) as program:
             assert program.welcome["domain_name"] == "a" * 63
+
+
+def test_a_broker_of_many_guests_tells_the_switch_of_all_and_hears_of_all() -> None:
+    """More than there is room for in the sockets between the two at once."""
+    with PrivateBroker(()) as broker:
+        names = {f"guest-{n}" for n in range(400)}
+        for name in names:
+            broker.ask("domain-add", name=name, group=None, uid=None, kind="vm")
+
+        def known() -> bool:
+            devices = {d["name"]: d["device"] for d in broker.ask("domain-list")["domains"]}
+            return devices == dict.fromkeys(names, "waiting")
+
+        becomes(known, "not every guest has a device")
+        broker.kill()
+        # It does not read while the next broker begins to tell it.
+        switch = switch_of(broker.directory)
+        os.kill(switch, signal.SIGSTOP)
+        try:
+            broker.start()
+            log = broker.log.read_text()
+        finally:
+            os.kill(switch, signal.SIGCONT)
+        assert "cannot be told" not in log
+        becomes(known, "not every guest has a device after the broker came back")

@@ -518,8 +518,8 @@ impl Switch {
         match kind {
             ServiceKind::Control(attachment) => {
                 if let Some(mut attachment) = self.attachments.remove(&attachment) {
-                    if let Some(socket) = &attachment.socket {
-                        let _ = self.set.remove(std::os::fd::AsFd::as_fd(socket));
+                    if let Some(line) = &attachment.line {
+                        let _ = self.set.remove(std::os::fd::AsFd::as_fd(line));
                     }
                     self.give_up(&attachment.lose());
                 }

@@ -96,8 +96,8 @@ impl Switch {
     /// The broker is gone. What is open stays open; what was asked is refused.
     pub(crate) fn lose_broker(&mut self, id: u64) {
         let Some(attachment) = self.attachments.get_mut(&id) else { return };
-        if let Some(socket) = &attachment.socket {
-            let _ = self.set.remove(socket.as_fd());
+        if let Some(line) = &attachment.line {
+            let _ = self.set.remove(line.as_fd());
         }
         let (asked, app, cid) = (attachment.lose(), attachment.app, attachment.cid);
         self.give_up(&asked);
@@ -137,14 +137,17 @@ impl Switch {
     }
 
     pub(crate) fn hear_broker_through(&mut self, id: u64, ready: Ready) {
-        let Some(attachment) = self.attachments.get_mut(&id) else { return };
         if ready.writable {
-            attachment.handle_writable();
+            if let Some(line) = self.attachments.get_mut(&id).and_then(|attachment| attachment.line.as_mut())
+            {
+                line.handle_writable();
+            }
             self.watch_blocked(id);
         }
         loop {
             let Some(attachment) = self.attachments.get_mut(&id) else { return };
-            let heard = match attachment.receive() {
+            let Some(line) = &attachment.line else { return };
+            let heard = match line.receive() {
                 Ok(Some((packet, descriptors))) => match attachment.app {
                     Some(flow) => self.pass_to_program(id, flow, &packet, descriptors),
                     None => self.handle_home(id, &packet, descriptors),
@@ -291,7 +294,7 @@ impl Switch {
         });
         if let ServiceKind::Control(attachment) = kind {
             // No broker: the program hears it as it would at a door.
-            if self.attachments.get(&attachment).is_none_or(|attachment| attachment.socket.is_none()) {
+            if self.attachments.get(&attachment).is_none_or(|attachment| attachment.line.is_none()) {
                 self.attachments.remove(&attachment);
                 return self.answer_reset(key.cid, header);
             }

@@ -7,7 +7,7 @@
 //!
 //! Read in this order: [`memory`] and [`vring`] (a guest's memory and its queues), [`device`] (the conversation with
 //! the monitor), [`flow`] (what a connection is), [`switch`] (the crank), then `packets`, `deliver` and `home`, which
-//! are its three sides: from guests, to guests, and the broker. Programs with lanes in a guest's own memory are in
+//! are its three sides: from guests, to guests, and the broker, which it speaks to over a [`line`]. Programs with lanes in a guest's own memory are in
 //! `agent` and [`seat`]; who is served next is in `schedule`, what that cost in [`account`].
 //!
 //! # Rules
@@ -25,6 +25,7 @@ pub mod device;
 mod error;
 pub mod flow;
 mod home;
+pub mod line;
 pub mod memory;
 mod packets;
 pub mod sandbox;

@@ -6,9 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use isthmus_proto::sched::{Scheduler, Terms};
-use isthmus_sys::packet;
 use isthmus_sys::poll::{Ready, Set};
-use isthmus_wire::control::{self, GuestState, MESSAGE_MAX, Message};
+use isthmus_wire::control::{self, GuestState, Message};
 use rustix::net::SocketFlags;
 
 use crate::Fault;
@@ -16,6 +15,7 @@ use crate::account::Account;
 use crate::attachment::Attachment;
 use crate::device::{Changed, Device, RX, TX};
 use crate::flow::{By, Flow, FlowId, Key, OPENER};
+use crate::line::Line;
 use crate::seat::{Begun, Seat};
 use crate::vring::Chain;
 
@@ -93,7 +93,7 @@ pub struct Switch {
     pub(crate) set: Set,
     /// Where the broker connects, and its connection.
     listener: OwnedFd,
-    broker: Option<OwnedFd>,
+    broker: Option<Line>,
     pub(crate) guests: HashMap<u32, Guest>,
     pub(crate) flows: HashMap<FlowId, Flow>,
     pub(crate) keys: HashMap<Key, (FlowId, usize)>,
@@ -232,7 +232,7 @@ impl Switch {
         let cid = which as u32;
         match topic {
             Topic::Broker if which == 0 => self.meet_broker(),
-            Topic::Broker => self.hear_broker(),
+            Topic::Broker => self.hear_broker(ready),
             Topic::Listener => self.meet_monitor(cid),
             Topic::Device => self.hear_monitor(cid),
             Topic::Kick => {
@@ -272,49 +272,60 @@ impl Switch {
         let accepted = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
         let Ok(socket) = accepted else { return };
         // A broker that starts takes the place of the one before.
-        if let Some(old) = self.broker.take() {
-            let _ = self.set.remove(old.as_fd());
-        }
+        self.hang_up_broker();
         if self.set.add(socket.as_fd(), Topic::Broker.token(1)).is_ok() {
-            self.broker = Some(socket);
+            self.broker = Some(Line::new(socket));
         }
     }
 
-    fn hear_broker(&mut self) {
+    fn hear_broker(&mut self, ready: Ready) {
+        if let Some(line) = self.broker.as_mut().filter(|_| ready.writable) {
+            line.handle_writable();
+            self.watch_broker();
+        }
         loop {
-            let Some(socket) = &self.broker else { return };
-            let mut buffer = [0; MESSAGE_MAX];
-            let (len, descriptors) = match packet::receive(socket.as_fd(), &mut buffer) {
-                Ok((0, _)) => break,
-                Ok(received) => received,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            let Some(line) = &self.broker else { return };
+            let (packet, descriptors) = match line.receive() {
+                Ok(Some(received)) => received,
+                Ok(None) => return,
                 Err(_) => break,
             };
-            let Ok((request, message)) = control::decode(&buffer[..len]) else { break };
+            let Ok((request, message)) = control::decode(&packet) else { break };
             match message {
                 Message::Guest { cid, name } => {
                     let Ok([listener, door]) = <[OwnedFd; 2]>::try_from(descriptors) else { break };
                     self.add_guest(cid, name, listener, door);
+                    self.tell_broker(request, &Message::Done {});
+                    self.tell_state(cid);
                 }
-                Message::GuestGone { cid } => self.remove_guest(cid),
+                Message::GuestGone { cid } => {
+                    self.remove_guest(cid);
+                    self.tell_broker(request, &Message::Done {});
+                }
                 _ => break,
             }
-            self.tell_broker(request, &Message::Done {});
-            for cid in self.guests.keys().copied().collect::<Vec<_>>() {
-                self.tell_state(cid);
-            }
         }
-        if let Some(socket) = self.broker.take() {
-            let _ = self.set.remove(socket.as_fd());
+        self.hang_up_broker();
+    }
+
+    fn hang_up_broker(&mut self) {
+        if let Some(line) = self.broker.take() {
+            let _ = self.set.remove(line.as_fd());
         }
     }
 
-    fn tell_broker(&self, request: u32, message: &Message<'_>) {
-        let Some(socket) = &self.broker else { return };
-        let mut packet = [0; MESSAGE_MAX];
-        if let Ok(len) = control::encode(request, message, &mut packet) {
-            // A broker that does not read asks again when it restarts.
-            let _ = packet::send(socket.as_fd(), &packet[..len], &[]);
+    fn tell_broker(&mut self, request: u32, message: &Message<'_>) {
+        if let Some(line) = &mut self.broker {
+            line.send(request, message, &[]);
+            self.watch_broker();
+        }
+    }
+
+    fn watch_broker(&mut self) {
+        let Some(line) = &mut self.broker else { return };
+        if line.watch(&self.set, Topic::Broker.token(1)).is_none() {
+            // It names its guests again when it comes again.
+            self.hang_up_broker();
         }
     }
 
@@ -362,8 +373,8 @@ impl Switch {
             let gone: Vec<u64> =
                 self.attachments.iter().filter(|(_, a)| a.cid == cid).map(|(id, _)| *id).collect();
             for id in gone {
-                if let Some(socket) = self.attachments.remove(&id).and_then(|attachment| attachment.socket) {
-                    let _ = self.set.remove(socket.as_fd());
+                if let Some(line) = self.attachments.remove(&id).and_then(|attachment| attachment.line) {
+                    let _ = self.set.remove(line.as_fd());
                 }
             }
         }
@@ -458,18 +469,18 @@ impl Switch {
 
     fn note_state(&mut self, cid: u32, text: &str) {
         let Some(guest) = self.guests.get_mut(&cid) else { return };
-        guest.state = match &guest.device {
+        let state = match &guest.device {
             None => GuestState::Waiting,
             Some(device) if device.running() => GuestState::Running,
             Some(_) => GuestState::Attached,
         };
-        let message = Message::GuestState { cid, state: guest.state, text };
-        self.tell_broker(0, &message);
+        guest.state = state;
+        self.tell_broker(0, &Message::GuestState { cid, state, text });
     }
 
-    fn tell_state(&self, cid: u32) {
-        let Some(guest) = self.guests.get(&cid) else { return };
-        self.tell_broker(0, &Message::GuestState { cid, state: guest.state, text: "" });
+    fn tell_state(&mut self, cid: u32) {
+        let Some(state) = self.guests.get(&cid).map(|guest| guest.state) else { return };
+        self.tell_broker(0, &Message::GuestState { cid, state, text: "" });
         self.tell_broker(0, &Message::GuestCpu { cid, cpu_us: self.account.spent(cid) });
     }
 
@@ -487,22 +498,19 @@ impl Switch {
     }
 
     pub(crate) fn watch_attachment(&self, id: u64) {
-        if let Some(socket) = self.attachments.get(&id).and_then(|attachment| attachment.socket.as_ref()) {
-            let _ = self.set.add(socket.as_fd(), Topic::Attachment.token(id));
+        if let Some(line) = self.attachments.get(&id).and_then(|attachment| attachment.line.as_ref()) {
+            let _ = self.set.add(line.as_fd(), Topic::Attachment.token(id));
         }
     }
 
     /// Report also when the broker's socket can be written again, while something waits for that.
     pub(crate) fn watch_blocked(&mut self, id: u64) {
-        let Some(attachment) = self.attachments.get_mut(&id) else { return };
-        if attachment.overflowed {
-            // A broker that does not read so much is none; the next one is shown what is held.
-            return self.lose_broker(id);
-        }
-        let blocked = attachment.blocked();
-        if let Some(socket) = attachment.socket.as_ref().filter(|_| blocked != attachment.watched) {
-            let _ = self.set.watch(socket.as_fd(), Topic::Attachment.token(id), blocked);
-            attachment.watched = blocked;
+        let Some(line) = self.attachments.get_mut(&id).and_then(|attachment| attachment.line.as_mut()) else {
+            return;
+        };
+        if line.watch(&self.set, Topic::Attachment.token(id)).is_none() {
+            // The next broker is shown what is held.
+            self.lose_broker(id);
         }
     }
 

@@ -622,6 +622,12 @@ fn about_ones_own_connection(seat: Option<u32>, message: &Message<'_>) {
 }
 
 #[test]
+fn a_broker_that_names_many_guests_before_it_listens_hears_of_each() {
+    let node = Node::new();
+    assert_eq!(node.name_guests(100..400), 300);
+}
+
+#[test]
 fn a_program_that_refuses_its_own_connection_does_not_act_for_the_other_guest() {
     let refuse = Message::Refuse { connection: 1, refusal: Refusal::BacklogFull };
     about_ones_own_connection(None, &refuse);

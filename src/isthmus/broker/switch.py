@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from array import array
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,8 @@ class Switch:
         self._states: dict[int, str] = {}
         self._cpu_us: dict[int, int] = {}
         self._sock: socket.socket | None = None
+        #: Numbers of guests that it has not been told of; the socket is watched for room while there are any.
+        self._untold: deque[int] = deque()
         self._retry: asyncio.TimerHandle | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._give_up = 0.0
@@ -66,13 +69,15 @@ class Switch:
         if self._sock is None:
             self._look()
         else:
-            self._tell(domain, door)
+            self._untold.append(domain.number)
+            self._tell()
 
     def remove(self, domain: Domain) -> None:
         self._cpu_us.pop(domain.number, None)
         if self._guests.pop(domain.number, None) is not None:
             self._states.pop(domain.number, None)
-            self._send(control_encode("guest-gone", 1, cid=domain.number))
+            self._untold.append(domain.number)
+            self._tell()
 
     def close(self) -> None:
         """Leave the switch alone; it goes on without us."""
@@ -98,8 +103,8 @@ class Switch:
         sock.setblocking(False)
         self._sock = sock
         self._loop.add_reader(sock.fileno(), self._handle_readable)
-        for domain, door in list(self._guests.values()):
-            self._tell(domain, door)
+        self._untold = deque(self._guests)
+        self._tell()
 
     def _start(self) -> None:
         now = self._loop.time()
@@ -111,29 +116,39 @@ class Switch:
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self._log.info("switch", text="started", pid=self._process.pid)
 
-    def _tell(self, domain: Domain, door: Door) -> None:
+    def _tell(self) -> None:
+        """Say which guests there are, and which there are no more, as far as there is room."""
+        while self._sock is not None and self._untold:
+            try:
+                self._say(self._sock, self._untold[0])
+            except BlockingIOError:
+                self._loop.add_writer(self._sock.fileno(), self._tell)
+                return
+            except OSError as error:
+                self._log.error("switch", text=f"it cannot be told: {error.strerror}")
+                return self._lose()
+            self._untold.popleft()
+        if self._sock is not None:
+            self._loop.remove_writer(self._sock.fileno())
+
+    def _say(self, sock: socket.socket, number: int) -> None:
+        domain, door = self._guests.get(number, (None, None))
+        if domain is None or door is None:
+            sock.send(control_encode("guest-gone", 1, cid=number), socket.MSG_NOSIGNAL)
+            return
         try:
             listener, directory = door.open_device()
         except OSError as error:
             self._log.error("switch", domain=domain.name, text=f"{door.path}: {error.strerror}")
             return
         try:
-            packet = control_encode("guest", 1, cid=domain.number, name=domain.name)
-            self._send(packet, (listener.fileno(), directory))
+            packet = control_encode("guest", 1, cid=number, name=domain.name)
+            descriptors = array("i", (listener.fileno(), directory))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
+            sock.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
         finally:
             listener.close()
             os.close(directory)
-
-    def _send(self, packet: bytes, fds: tuple[int, ...] = ()) -> None:
-        if self._sock is None:
-            return
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        try:
-            self._sock.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
-        except OSError as error:
-            # A switch that does not read is none: begin again.
-            self._log.error("switch", text=f"it cannot be told: {error.strerror}")
-            self._lose()
 
     def _handle_readable(self) -> None:
         while self._sock is not None:
@@ -169,6 +184,8 @@ class Switch:
         self._cpu_us.clear()
         if self._sock is not None:
             self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_writer(self._sock.fileno())
+            self._untold.clear()
             self._sock.close()
             self._sock = None
 
