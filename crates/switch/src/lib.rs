@@ -7,8 +7,9 @@
 //!
 //! Read in this order: [`memory`] and [`vring`] (a guest's memory and its queues), [`device`] (the conversation with
 //! the monitor), [`flow`] (what a connection is), [`switch`] (the crank), then `packets`, `deliver` and `home`, which
-//! are its three sides: from guests, to guests, and the broker, which it speaks to over a [`line`]. Programs with lanes in a guest's own memory are in
-//! `agent` and [`seat`]; who is served next is in `schedule`, what that cost in [`account`].
+//! are its three sides: from guests, to guests, and the broker, which it speaks to over a [`line`]. Programs with
+//! lanes in a guest's own memory are in `agent` and [`seat`]; who is served next is in `schedule`, what that cost in
+//! [`account`].
 //!
 //! # Rules
 //! - A packet comes from the guest whose queue it lay in, whatever it says.

@@ -18,13 +18,13 @@ pub struct Line {
     /// It is watched for room as well.
     watched: bool,
     /// Something could not be said: the two do not know the same any more.
-    overflowed: bool,
+    broken: bool,
 }
 
 impl Line {
     #[must_use]
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket, queue: VecDeque::new(), watched: false, overflowed: false }
+        Self { socket, queue: VecDeque::new(), watched: false, broken: false }
     }
 
     /// Send, or keep it until there is room.
@@ -36,14 +36,14 @@ impl Line {
             match packet::send(self.socket.as_fd(), packet, descriptors) {
                 Ok(()) => return,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // Its end is read as well.
-                Err(_) => return,
+                // It is gone, or our user has as many descriptors under way as the kernel allows one.
+                Err(_) => return self.broken = true,
             }
         }
         let kept: io::Result<Vec<_>> = descriptors.iter().map(|fd| fd.try_clone_to_owned()).collect();
         match kept {
             Ok(kept) if self.queue.len() < QUEUE_MAX => self.queue.push_back((packet.to_vec(), kept)),
-            _ => self.overflowed = true,
+            _ => self.broken = true,
         }
     }
 
@@ -52,8 +52,9 @@ impl Line {
         while let Some((packet, descriptors)) = self.queue.front() {
             let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
             match packet::send(self.socket.as_fd(), packet, &descriptors) {
+                Ok(()) => drop(self.queue.pop_front()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                _ => drop(self.queue.pop_front()),
+                Err(_) => return self.broken = true,
             }
         }
     }
@@ -72,10 +73,10 @@ impl Line {
         }
     }
 
-    /// Report also when it can be written again, while something waits for that. `None`: more waits for the broker
-    /// than may; one that does not read so much is none.
+    /// Report also when it can be written again, while something waits for that. `None`: something could
+    /// not be said; a broker that does not hear, or not read more than may wait for it, is none.
     pub fn watch(&mut self, set: &Set, token: u64) -> Option<()> {
-        if self.overflowed {
+        if self.broken {
             return None;
         }
         let blocked = !self.queue.is_empty();
