@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
-use isthmus_proto::spin::{GUEST_SCALE, Spin};
+use isthmus_proto::spin::{GUEST, LOCAL, Spin};
 use isthmus_ring::layout::{COUNTERS_LEN, RESET, TAKES_NOTHING};
 use isthmus_ring::{Dest, Mapped, Region, Ring, Room, Rx, Seen, Source, StoreFailed, Tx};
 use isthmus_sys::cpu;
@@ -18,7 +18,7 @@ use crate::lane::{AnyStore, Ends};
 use crate::lock;
 use crate::node::{Attachment, Node};
 use crate::readiness::Readiness;
-use crate::wait::{How, spin};
+use crate::wait::{How, Place, spin};
 
 /// What the broker said when it made the connection.
 #[derive(Clone, Debug)]
@@ -104,6 +104,8 @@ pub struct Connection {
     owner: OnceLock<Weak<Datagram>>,
     node: Weak<Node>,
     _attachment: Option<Arc<Attachment>>,
+    /// The peer runs on no processor of this kernel.
+    in_guest: bool,
     generation: u32,
 }
 
@@ -123,7 +125,8 @@ impl Connection {
     ) -> Arc<Self> {
         let Ends { tx, rx, counters, view } = ends;
         // Without a page to show this is a program in a guest.
-        let spin = Spin::scaled(if counters_fd.is_none() { GUEST_SCALE } else { 1 });
+        let in_guest = counters_fd.is_none();
+        let spin = Spin::new(if in_guest { GUEST } else { LOCAL });
         Arc::new(Self {
             info,
             tx: Mutex::new(TxSide { tx, reserved: None, spin, asleep: 0 }),
@@ -140,6 +143,7 @@ impl Connection {
             owner: OnceLock::new(),
             node: node.map_or_else(Weak::new, Arc::downgrade),
             _attachment: node.and_then(|node| node.keep()),
+            in_guest,
             generation: cpu::generation(),
         })
     }
@@ -377,9 +381,9 @@ impl Connection {
             return Err(Error::TimedOut { done });
         }
         let TxSide { tx, spin: budget, asleep, .. } = &mut *side;
-        self.before_spinning(budget);
+        let place = self.before_spinning();
         let peer_cpu = tx.peer_cpu();
-        if spin(how.wait, budget, peer_cpu, 0, |_| tx.has_space() || !tx.open()) {
+        if spin(how.wait, budget, place, peer_cpu, 0, |_| tx.has_space() || !tx.open()) {
             return Ok(());
         }
         if how.wait == crate::wait::Wait::Spin {
@@ -553,19 +557,27 @@ impl Connection {
         }
     }
 
-    fn before_spinning(&self, budget: &Spin) {
-        if budget.peer_is_elsewhere() {
+    /// How to wait here, once whoever was rung for can hear it.
+    fn before_spinning(&self) -> Place {
+        if self.in_guest {
             self.bell.let_out();
+        }
+        if !self.in_guest {
+            Place::Local
+        } else if cpu::online() < 2 {
+            Place::SmallGuest
+        } else {
+            Place::Guest
         }
     }
 
     /// Spin until there is something or the budget is used up.
     fn spin_for_data(&self, side: &mut RxSide, how: &How<'_>) {
         let RxSide { rx, spin: budget, .. } = side;
-        self.before_spinning(budget);
+        let place = self.before_spinning();
         let peer_cpu = rx.peer_cpu();
         let gap = if self.one_way.load(Ordering::Relaxed) >= STREAMING { STREAM_GAP } else { 0 };
-        spin(how.wait, budget, peer_cpu, gap, |thorough| {
+        spin(how.wait, budget, place, peer_cpu, gap, |thorough| {
             // The end of the lane is not a record: look for it now and then. And a record that
             // has begun may never be completed: only a whole one is worth waking for.
             (thorough || !rx.quiet()) && !matches!(rx.look(), Ok(Seen::Nothing))

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use isthmus_proto::spin::{Situation, Spin};
+use isthmus_sys::clock::now_ns;
 use isthmus_sys::cpu;
 
 /// Never sleep, spin a little and then sleep (the default), or sleep at once.
@@ -50,19 +51,33 @@ impl How<'_> {
 /// Looks at a ring between two looks at the clock: about half a microsecond. A look at the clock
 /// takes as long as twenty of them, and what arrives meanwhile is seen that much later.
 const LOOKS_PER_CLOCK: u32 = 512;
-/// A clock that takes longer is slow, and is looked at so many times less often.
-const SLOW_CLOCK: Duration = Duration::from_micros(3);
-const SLOW_FACTOR: u32 = 128;
 /// Looks before the processor is told that we spin.
 const EAGER_LOOKS: u32 = 2 * LOOKS_PER_CLOCK;
 /// A wait that ended within so many looks says nothing about the budget.
 const SHORT_LOOKS: u32 = 64;
-/// A spinning waiter that never sleeps checks this often that its peer lives.
-const SPIN_SLICE: Duration = Duration::from_millis(1);
+/// A spinning waiter that never sleeps checks this often that its peer lives, ns.
+const SPIN_SLICE_NS: u64 = 1_000_000;
 /// The number of runnable tasks is read at most this often, and believed for twice as long, ns.
 const CROWD_NS: u64 = 1_000_000;
 /// So many readings in a row make a crowd: a task that only passes by is none.
 const CROWD_READINGS: u32 = 3;
+/// A guest whose processor was taken away for so long between two looks at the clock, ns, shares it with others; that
+/// is believed for so long, ns.
+const TAKEN_AWAY_NS: u64 = 500_000;
+const SHARED_NS: u64 = 3_000_000;
+/// Where the kernel has one processor, its own threads get it this often, ns.
+const YIELD_NS: u64 = 100_000;
+
+/// Where a waiter is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Beside its peer.
+    Local,
+    /// In a guest, its peer elsewhere.
+    Guest,
+    /// In a guest with one processor, which its kernel needs to send and to receive.
+    SmallGuest,
+}
 
 /// Spin until `look` says yes; `false` if the budget ran out first.
 ///
@@ -73,25 +88,27 @@ const CROWD_READINGS: u32 = 3;
 pub(crate) fn spin(
     wait: Wait,
     budget: &mut Spin,
+    place: Place,
     peer_cpu: Option<u32>,
     gap: u32,
     mut look: impl FnMut(bool) -> bool,
 ) -> bool {
     let limit = match wait {
         Wait::Block => return look(true),
-        Wait::Spin => SPIN_SLICE,
+        Wait::Spin => SPIN_SLICE_NS,
         Wait::Adaptive => {
             let same_processor = peer_cpu.is_some_and(|peer| peer == cpu::current());
             let ns = budget.budget_ns(Situation { same_processor, crowded: crowded() });
             if ns == 0 {
                 return look(true);
             }
-            Duration::from_nanos(u64::from(ns))
+            u64::from(ns)
         }
     };
     let mut start = None;
+    let (mut last, mut yielded) = (u64::MAX, 0);
     let mut looks = 0u32;
-    let burst = (looks_per_clock() / (gap + 1)).max(1);
+    let burst = (LOOKS_PER_CLOCK / (gap + 1)).max(1);
     loop {
         // Nothing but looking: what arrives is seen by the next look.
         let pauses = gap + u32::from(looks >= EAGER_LOOKS);
@@ -110,41 +127,45 @@ pub(crate) fn spin(
         if look(true) {
             return true;
         }
-        let now = Instant::now();
-        if now.duration_since(*start.get_or_insert(now)) > limit {
+        let now = now_ns();
+        let began = *start.get_or_insert(now);
+        if now.saturating_sub(began) > limit {
             if wait == Wait::Adaptive {
                 budget.miss();
                 look_at_the_crowd();
             }
             return false;
         }
-    }
-}
-
-/// How often the clock is looked at: seldom where that is slow, because what arrives meanwhile is not seen. In
-/// user-mode Linux it is a system call of 25 µs.
-fn looks_per_clock() -> u32 {
-    static LOOKS: AtomicU32 = AtomicU32::new(0);
-    match LOOKS.load(Ordering::Relaxed) {
-        0 => {
-            let started = Instant::now();
-            let cost = (Instant::now() - started).min(Instant::now() - started);
-            let looks = if cost > SLOW_CLOCK { LOOKS_PER_CLOCK * SLOW_FACTOR } else { LOOKS_PER_CLOCK };
-            LOOKS.store(looks, Ordering::Relaxed);
-            looks
+        if place == Place::Local {
+            continue;
         }
-        looks => looks,
+        if now.saturating_sub(last) > TAKEN_AWAY_NS {
+            SHARED_UNTIL.store(now + SHARED_NS, Ordering::Relaxed);
+            return false;
+        }
+        last = now;
+        if place == Place::SmallGuest && now.saturating_sub(yielded) > YIELD_NS {
+            std::thread::yield_now();
+            last = now_ns();
+            yielded = last;
+        }
     }
 }
 
 /// Readings in a row that saw more runnable tasks than processors.
 static CROWD: AtomicU32 = AtomicU32::new(0);
 static CROWD_READ_AT: AtomicU64 = AtomicU64::new(0);
+/// Until when a guest's processor is taken to be somebody else's as well.
+static SHARED_UNTIL: AtomicU64 = AtomicU64::new(0);
 
 /// Do more tasks want to run than there are processors, for some time now?
 fn crowded() -> bool {
+    let shared = SHARED_UNTIL.load(Ordering::Relaxed);
+    if shared != 0 && now_ns() < shared {
+        return true;
+    }
     CROWD.load(Ordering::Relaxed) >= CROWD_READINGS
-        && now_ns().wrapping_sub(CROWD_READ_AT.load(Ordering::Relaxed)) < 2 * CROWD_NS
+        && now_ns().saturating_sub(CROWD_READ_AT.load(Ordering::Relaxed)) < 2 * CROWD_NS
 }
 
 /// Read the number of runnable tasks, now and then. Only after spinning in vain: a wait that ends
@@ -163,13 +184,4 @@ fn look_at_the_crowd() {
     } else {
         CROWD.store(0, Ordering::Relaxed);
     }
-}
-
-fn now_ns() -> u64 {
-    static ORIGIN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-    // A fresh process must not believe a reading it never made.
-    ORIGIN
-        .get_or_init(|| Instant::now().checked_sub(Duration::from_secs(1)).unwrap_or_else(Instant::now))
-        .elapsed()
-        .as_nanos() as u64
 }

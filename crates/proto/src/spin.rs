@@ -6,14 +6,27 @@
 //! and halves with every one that did not, down to nothing, and is nothing at once when the peer
 //! shares our processor or more tasks want to run than there are processors.
 
-/// First budget, ns.
-pub const START_NS: u32 = 20_000;
-/// Largest budget, ns: a few times what a wake-up costs.
-pub const MAX_NS: u32 = 50_000;
-/// Smallest budget worth having, ns. Below it, 0.
-pub const MIN_NS: u32 = 5_000;
-/// With a budget of 0, every so many waits one tries [`MIN_NS`], or nothing would ever be learnt.
+/// With a budget of 0, every so many waits one tries [`Limits::probe_ns`], or nothing would ever be learnt.
 pub const PROBE_EVERY: u32 = 16;
+
+/// What a budget may be, ns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The first one.
+    pub start_ns: u32,
+    /// The largest: a few times what a wake-up costs.
+    pub max_ns: u32,
+    /// The smallest worth having. Below it, 0.
+    pub min_ns: u32,
+    /// What is tried when it has been 0 for a while, and the budget when that paid.
+    pub probe_ns: u32,
+}
+
+/// Between processes of one kernel.
+pub const LOCAL: Limits = Limits { start_ns: 20_000, max_ns: 50_000, min_ns: 5_000, probe_ns: 5_000 };
+/// In a guest a wake-up goes through two kernels and costs 75 to 150 µs. Two guests that both sleep answer each other
+/// in twice that, which a probe must outlast, or they would never be awake together again.
+pub const GUEST: Limits = Limits { start_ns: 640_000, max_ns: 1_600_000, min_ns: 160_000, probe_ns: 640_000 };
 
 /// What is known about the machine when a wait begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,24 +42,13 @@ pub struct Situation {
 pub struct Spin {
     budget_ns: u32,
     waits: u32,
-    /// All limits are so many times what they are between processes of one kernel.
-    scale: u32,
-}
-
-/// In a guest a wake-up goes through two kernels and costs 75 to 150 µs.
-pub const GUEST_SCALE: u32 = 6;
-
-impl Default for Spin {
-    fn default() -> Self {
-        Self::scaled(1)
-    }
+    limits: Limits,
 }
 
 impl Spin {
-    /// A waiter whose wake-ups cost `scale` times as much.
     #[must_use]
-    pub fn scaled(scale: u32) -> Self {
-        Self { budget_ns: START_NS.saturating_mul(scale), waits: 0, scale }
+    pub fn new(limits: Limits) -> Self {
+        Self { budget_ns: limits.start_ns, waits: 0, limits }
     }
 
     /// How long to spin now, ns.
@@ -56,31 +58,21 @@ impl Spin {
         }
         if self.budget_ns == 0 {
             self.waits = self.waits.wrapping_add(1);
-            return if self.waits % PROBE_EVERY == 0 { self.min() } else { 0 };
+            return if self.waits % PROBE_EVERY == 0 { self.limits.probe_ns } else { 0 };
         }
         self.budget_ns
     }
 
     /// What was waited for came while spinning.
     pub fn hit(&mut self) {
-        let max = MAX_NS.saturating_mul(self.scale);
-        self.budget_ns = self.budget_ns.saturating_mul(2).clamp(self.min(), max);
-    }
-
-    /// The peer runs on no processor of this kernel: we are in a guest.
-    #[must_use]
-    pub fn peer_is_elsewhere(&self) -> bool {
-        self.scale > 1
-    }
-
-    fn min(&self) -> u32 {
-        MIN_NS.saturating_mul(self.scale)
+        let more = if self.budget_ns == 0 { self.limits.probe_ns } else { self.budget_ns.saturating_mul(2) };
+        self.budget_ns = more.min(self.limits.max_ns);
     }
 
     /// It did not.
     pub fn miss(&mut self) {
         self.budget_ns /= 2;
-        if self.budget_ns < self.min() {
+        if self.budget_ns < self.limits.min_ns {
             self.budget_ns = 0;
         }
     }
@@ -94,25 +86,27 @@ mod tests {
 
     #[test]
     fn a_peer_on_our_processor_or_a_crowd_means_no_spinning() {
-        let mut spin = Spin::default();
-        assert_eq!(spin.budget_ns(FREE), START_NS);
+        let mut spin = Spin::new(LOCAL);
+        assert_eq!(spin.budget_ns(FREE), LOCAL.start_ns);
         assert_eq!(spin.budget_ns(Situation { same_processor: true, ..FREE }), 0);
         assert_eq!(spin.budget_ns(Situation { crowded: true, ..FREE }), 0);
     }
 
     #[test]
     fn spinning_in_vain_fades_and_is_tried_again_now_and_then() {
-        let mut spin = Spin::default();
-        while spin.budget_ns(FREE) > 0 {
-            spin.miss();
-        }
-        let tries: u32 = (0..PROBE_EVERY * 10).map(|_| u32::from(spin.budget_ns(FREE) > 0)).sum();
-        assert_eq!(tries, 10);
-        spin.hit();
-        assert_eq!(spin.budget_ns(FREE), MIN_NS);
-        for _ in 0..10 {
+        for limits in [LOCAL, GUEST] {
+            let mut spin = Spin::new(limits);
+            while spin.budget_ns(FREE) > 0 {
+                spin.miss();
+            }
+            let tries: u32 = (0..PROBE_EVERY * 10).map(|_| u32::from(spin.budget_ns(FREE) > 0)).sum();
+            assert_eq!(tries, 10);
             spin.hit();
+            assert_eq!(spin.budget_ns(FREE), limits.probe_ns);
+            for _ in 0..10 {
+                spin.hit();
+            }
+            assert_eq!(spin.budget_ns(FREE), limits.max_ns);
         }
-        assert_eq!(spin.budget_ns(FREE), MAX_NS);
     }
 }

@@ -5,18 +5,30 @@ use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::clock::now_ns;
+
 /// The processor this thread runs on now.
 #[must_use]
 pub fn current() -> u32 {
     rustix::thread::sched_getcpu() as u32
 }
 
-/// Processors of the machine that are switched on.
+/// Processors of the machine that are switched on, as of a second ago at most: the C library opens a file to know.
 #[must_use]
 pub fn online() -> u32 {
+    static KNOWN: AtomicU32 = AtomicU32::new(0);
+    static KNOWN_AT_S: AtomicU32 = AtomicU32::new(0);
+    let now_s = (now_ns() / 1_000_000_000) as u32;
+    let known = KNOWN.load(Ordering::Relaxed);
+    if known != 0 && KNOWN_AT_S.load(Ordering::Relaxed) == now_s {
+        return known;
+    }
     // SAFETY: asks for a number.
     let n = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
-    u32::try_from(n).unwrap_or(1).max(1)
+    let n = u32::try_from(n).unwrap_or(1).max(1);
+    KNOWN.store(n, Ordering::Relaxed);
+    KNOWN_AT_S.store(now_s, Ordering::Relaxed);
+    n
 }
 
 /// Tasks that run or want to run on the whole machine, from `/proc/loadavg`; `None` where it

@@ -185,7 +185,9 @@ def _shapes(bench: str, settings: Settings) -> Iterable[Case]:
     if bench == "pairs":
         counts = settings.pairs or ((1, 4) if settings.quick else (1, 2, 4, 8))
         hurried = settings.quick and settings.benches > 1
-        pinned = settings.pinned or ((True,) if hurried else (True, False))
+        # A guest's processors are threads of its monitor, which nobody pins.
+        usual = (False,) if settings.guests else (True,) if hurried else (True, False)
+        pinned = settings.pinned or usual
         for size, pin, pairs in itertools.product(sizes, pinned, counts):
             yield replace(blank, size=size, pairs=pairs, pinned=pin)
         beside = (max(counts),) if settings.quick else (0, *counts)

@@ -11,7 +11,7 @@ use crate::datagram::Datagram;
 use crate::error::Result;
 use crate::lock;
 use crate::readiness::Readiness;
-use crate::wait::spin;
+use crate::wait::{Place, spin};
 
 impl Connection {
     /// Before parking in an event loop: arm for data, and for space if `space`.
@@ -52,8 +52,14 @@ impl Connection {
             let RxSide { rx, spin: budget, .. } = &mut *side;
             let peer_cpu = rx.peer_cpu();
             // A record that has begun may be long in coming: only a whole one is something.
-            let something = |_| !rx.quiet() && !matches!(rx.look(), Ok(Seen::Nothing));
-            if spin(crate::Wait::Adaptive, budget, peer_cpu, 0, something) {
+            let mut something = |_| !rx.quiet() && !matches!(rx.look(), Ok(Seen::Nothing));
+            // In a guest what pays is longer than an event loop's other work may wait.
+            let found = if self.in_guest {
+                something(true)
+            } else {
+                spin(crate::Wait::Adaptive, budget, Place::Local, peer_cpu, 0, something)
+            };
+            if found {
                 return Ok(true);
             }
         }
