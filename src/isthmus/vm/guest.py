@@ -63,6 +63,8 @@ class Guest:
         Pages of 2 MiB that the guest's kernel sets aside (QEMU).
     extra : sequence of str
         Further arguments of the guest's kernel.
+    options : sequence of str
+        Further options of the monitor's command line, as it spells them.
     within : sequence of str
         A command that runs another one in the place where the monitor belongs, such as a network namespace.
 
@@ -89,6 +91,7 @@ class Guest:
         mac: str | None = None,
         huge_pages: int = 0,
         extra: Sequence[str] = (),
+        options: Sequence[str] = (),
         within: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -104,7 +107,8 @@ class Guest:
         self._news = threading.Condition()
         memory = memory_mib if memory_mib is not None else MEMORY_MIB[self.monitor]
         directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        setting = Setting(directory, socket, memory, tap, mac, huge_pages=huge_pages, extra=tuple(extra))
+        setting = Setting(directory, socket, memory, tap, mac, huge_pages=huge_pages)
+        setting.extra, setting.options = tuple(extra), tuple(options)
         try:
             self._write_job(command, environment or {}, working_directory or os.getcwd())
             self._start(setting, stdin, stdout)

@@ -38,7 +38,9 @@ class Setting:
     control: int = -1
     #: Huge pages of 2 MiB that the guest keeps for itself.
     huge_pages: int = 0
+    #: Of the guest's kernel, and of the monitor.
     extra: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass
@@ -85,6 +87,7 @@ def plan_uml(setting: Setting) -> Plan:
         "isthmus.control=ttyS1",
         *setting.extra,
     ]
+    command += setting.options
     if setting.tap:
         mac = f",mac={setting.mac}" if setting.mac else ""
         command.append(f"vec0:transport=tap,ifname={setting.tap},depth=128,gro=1{mac}")
@@ -129,7 +132,7 @@ def plan_qemu(setting: Setting) -> Plan:
     words += ["isthmus.data=ttyS1", "isthmus.control=ttyS2", f"isthmus.init={INIT}"]
     if setting.huge_pages:
         words.append(f"hugepages={setting.huge_pages}")
-    command += ["-append", " ".join((*words, *setting.extra))]
+    command += ["-append", " ".join((*words, *setting.extra)), *setting.options]
     plan = Plan(command, _modules(kernel, ("overlay", *VSOCK_MODULES)))
     if filesystem == "9p":
         share = "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"
