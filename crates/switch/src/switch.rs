@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use isthmus_proto::sched::{Scheduler, Terms};
+use isthmus_sys::alarm::Alarm;
 use isthmus_sys::poll::{Ready, Set};
 use isthmus_wire::control::{self, GuestState, Message};
 use rustix::net::SocketFlags;
@@ -23,6 +24,8 @@ use crate::vring::Chain;
 const MESSAGES_A_TURN: usize = 8;
 /// With neither a broker nor a guest for so long, nobody will come.
 const LONELY: Duration = Duration::from_secs(5);
+/// No system call waits longer.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// Between attempts to reach a broker that is gone.
 pub(crate) const AGAIN: Duration = Duration::from_millis(200);
 
@@ -91,6 +94,8 @@ pub(crate) struct Place {
 
 pub struct Switch {
     pub(crate) set: Set,
+    /// Nothing here waits; a descriptor that a stranger changed could make us.
+    _alarm: Alarm,
     /// Where the broker connects, and its connection.
     listener: OwnedFd,
     broker: Option<Line>,
@@ -124,14 +129,17 @@ pub struct Switch {
 impl Switch {
     /// `listener`: a listening `SOCK_SEQPACKET` socket, on which the broker tells us of its guests.
     ///
+    /// It is to run on the thread that makes it, and has that process's `SIGALRM`.
+    ///
     /// # Errors
-    /// No descriptors are left.
+    /// No descriptors or no timers are left.
     pub fn new(listener: OwnedFd) -> io::Result<Self> {
         isthmus_sys::cpu::raise_descriptor_limit();
         let set = Set::new()?;
         set.add(listener.as_fd(), Topic::Broker.token(0))?;
         Ok(Self {
             set,
+            _alarm: Alarm::start(LONGEST_WAIT)?,
             listener,
             broker: None,
             guests: HashMap::new(),
@@ -257,10 +265,14 @@ impl Switch {
             let Some(guest) = self.guests.get_mut(&cid) else { continue };
             let Some(device) = &mut guest.device else { continue };
             // Who receives first: it is what somebody waits for.
+            let mut told = Ok(());
             for index in [RX, TX] {
                 if let Some((vring, memory)) = device.vring(index) {
-                    vring.tell(&memory.clone());
+                    told = told.and(vring.tell(&memory.clone()));
                 }
+            }
+            if let Err(fault) = told {
+                self.blame(cid, &fault);
             }
             now = self.account.note(cid, now);
         }

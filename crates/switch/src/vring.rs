@@ -158,16 +158,22 @@ impl Vring {
     }
 
     /// Interrupt the guest if chains were given back and it wants to know.
-    pub fn tell(&mut self, memory: &Memory) {
-        let Some(queue) = &mut self.running else { return };
+    ///
+    /// # Errors
+    /// The descriptor made us wait, and was given not to: the monitor changed it.
+    pub fn tell(&mut self, memory: &Memory) -> Result<(), Fault> {
+        let Some(queue) = &mut self.running else { return Ok(()) };
         if self.told {
-            return;
+            return Ok(());
         }
         self.told = true;
         if let (Ok(true), Some(call)) = (queue.needs_notification(memory.mapped()), &self.call) {
             // An eventfd or (user-mode Linux) a pipe; full means that it was told already.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            if rustix::io::write(call, &1u64.to_ne_bytes()) == Err(rustix::io::Errno::INTR) {
+                return Err(Fault::Queue("its interrupt made the switch wait"));
+            }
         }
+        Ok(())
     }
 
     /// Ask the guest to kick when there are more chains. `true`: there are some already.

@@ -622,6 +622,26 @@ fn about_ones_own_connection(seat: Option<u32>, message: &Message<'_>) {
 }
 
 #[test]
+fn a_monitor_whose_interrupt_would_block_for_ever_ends_itself_alone() {
+    let node = Node::new();
+    let (mut a, mut b) = (node.guest(3), node.guest(4));
+    for queue in [RX, TX] {
+        let call = a.call(queue);
+        let flags = rustix::fs::fcntl_getfl(call).expect("its flags");
+        // What may be in it is taken out without waiting; then it is made to wait.
+        let _ = rustix::io::read(call, &mut [0; 8]);
+        rustix::fs::fcntl_setfl(call, flags - OFlags::NONBLOCK).expect("to change them");
+        rustix::io::write(call, &(u64::MAX - 1).to_ne_bytes()).expect("to fill it");
+        a.listen(queue);
+    }
+    // An answer, for which the guest is to be interrupted.
+    a.post(1);
+    a.request(6000, NOBODY, 1, STREAM);
+    assert!(node.ended(3).contains("made the switch wait"));
+    b.ping();
+}
+
+#[test]
 fn a_broker_that_names_many_guests_before_it_listens_hears_of_each() {
     let node = Node::new();
     assert_eq!(node.name_guests(100..400), 300);

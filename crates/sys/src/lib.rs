@@ -3,6 +3,7 @@
 //! Everything that needs `unsafe` towards the kernel is here, and nothing else is: no policy, no
 //! retry loops, no knowledge of lanes. Errors are the kernel's (`std::io::Error`).
 
+pub mod alarm;
 pub mod clock;
 pub mod cpu;
 pub mod guard;

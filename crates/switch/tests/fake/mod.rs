@@ -538,6 +538,17 @@ impl Guest {
 
     // ---- its monitor
 
+    /// The descriptor by which the switch interrupts the guest for a queue.
+    pub fn call(&self, index: usize) -> &OwnedFd {
+        &self.calls[index]
+    }
+
+    /// Ask to be interrupted for the next chain that is given back.
+    pub fn listen(&mut self, queue: usize) {
+        let used = self.number(QUEUES[queue] + USED + 2);
+        self.write(QUEUES[queue] + AVAILABLE + 4 + 2 * u64::from(QUEUE), &used.to_le_bytes());
+    }
+
     /// Say something to the switch as the monitor.
     pub fn tell(&self, request: u32, payload: &[u8], descriptors: &[BorrowedFd<'_>]) {
         let message = monitor_message(request, payload);
