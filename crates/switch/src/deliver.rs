@@ -203,6 +203,7 @@ impl Switch {
 
     /// Bytes that lie in a lane.
     fn deliver_lane(&mut self, cid: u32, id: FlowId, side: usize) -> Turn {
+        let now = self.now_us();
         let mut budget = TURN_BYTES;
         loop {
             let Some(flow) = self.flows.get_mut(&id) else { return Turn::Over };
@@ -225,11 +226,19 @@ impl Switch {
             if budget == 0 {
                 return Turn::More;
             }
+            let rate = flow.terms.rate;
+            if let Err(at) = flow.buckets[1 - side].ready(rate, now) {
+                self.hold_back(id, 1 - side, at);
+                return Turn::Nothing;
+            }
             let pieces = [(piece.0, piece.1.min(room))];
             let flags = if message { SEQ_EOM } else { 0 };
             let sent = self.emit_flow(cid, id, side, RW, flags, &mut Cursor::new(&pieces));
             let Sent::Bytes(sent) = sent else { return Turn::Full };
             let Some(flow) = self.flows.get_mut(&id) else { return Turn::Over };
+            if rate > 0 {
+                flow.buckets[1 - side].take(sent);
+            }
             if let Some(bridge) = flow.bridge(1 - side) {
                 bridge.took(sent);
             }
@@ -334,6 +343,11 @@ impl Switch {
         flags: u32,
         payload: &mut Cursor<'_>,
     ) -> Sent {
+        let now = self.now_us();
+        let Some(flow) = self.flows.get_mut(&id) else { return Sent::Bytes(payload.left()) };
+        if let Err(at) = flow.pass(side, now) {
+            self.hold_back(id, side, at);
+        }
         let Some(flow) = self.flows.get_mut(&id) else { return Sent::Bytes(payload.left()) };
         let header = flow.header(side, op);
         let sent = self.emit(cid, header, flags, payload);

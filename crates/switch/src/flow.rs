@@ -222,10 +222,12 @@ pub struct Flow {
     pub seats: [Option<u32>; 2],
     /// Of both lanes.
     pub secret: u64,
-    /// On what terms its lanes are served; which directions are waiting for that; what they may still send.
+    /// On what terms its bytes move; which directions are waiting for that; what they may still send.
     pub terms: Terms,
     pub marked: [bool; 2],
     pub buckets: [Bucket; 2],
+    /// Of what a guest's socket sent, what it was told that was taken: with a rate, no more than that allows.
+    passed: [u32; 2],
 }
 
 /// Who has ended a connection, and needs not be told.
@@ -256,6 +258,7 @@ impl Flow {
             terms: Terms::default(),
             marked: [false; 2],
             buckets: Default::default(),
+            passed: [0; 2],
         }
     }
 
@@ -298,17 +301,38 @@ impl Flow {
         }
     }
 
-    /// The header of a packet to this side's guest: who sends it, and what it may send.
-    pub fn header(&mut self, side: usize, op: u16) -> Header {
-        let key = self.key_of(side);
-        let (buf_alloc, fwd_cnt) = match &self.sides[1 - side] {
+    /// What this side's guest may send at once, and how much of what it sent was taken.
+    fn window(&mut self, side: usize) -> (u32, u32) {
+        match &self.sides[1 - side] {
             Side::Guest(other) => (other.buf_alloc, other.fwd_cnt),
             Side::Lane(_) | Side::Service(_) => {
                 (crate::bridge::WINDOW, self.socket(side).map_or(0, |socket| socket.taken))
             }
             // Whatever it sends would have nowhere to go.
             Side::Waiting(_) | Side::Unknown => (0, 0),
-        };
+        }
+    }
+
+    /// Let this side's guest know of what was taken, as its rate allows. It waits for that before it sends more, and its
+    /// window stays as wide as the other side made it: a message that is longer would be refused.
+    ///
+    /// # Errors
+    /// When there may be more.
+    pub fn pass(&mut self, side: usize, now_us: u64) -> Result<(), u64> {
+        let (_, taken) = self.window(side);
+        let more = taken.wrapping_sub(self.passed[side]);
+        if more != 0 && more <= i32::MAX as u32 {
+            self.buckets[side].ready(self.terms.rate, now_us)?;
+            self.buckets[side].take(if self.terms.rate > 0 { more as usize } else { 0 });
+        }
+        self.passed[side] = taken;
+        Ok(())
+    }
+
+    /// The header of a packet to this side's guest: who sends it, and what it may send.
+    pub fn header(&mut self, side: usize, op: u16) -> Header {
+        let key = self.key_of(side);
+        let (buf_alloc, fwd_cnt) = (self.window(side).0, self.passed[side]);
         if let Some(socket) = self.socket(side) {
             socket.grant(buf_alloc, fwd_cnt);
             socket.told = socket.taken;

@@ -18,7 +18,7 @@ const LOOKS: usize = 32;
 const GUEST: u64 = 1 << 63;
 
 impl Switch {
-    fn now_us(&self) -> u64 {
+    pub(crate) fn now_us(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
@@ -62,7 +62,7 @@ impl Switch {
         let now = self.now_us();
         while let Some((_, item)) = self.late.first().copied().filter(|(at, _)| *at <= now) {
             self.late.pop_first();
-            self.push_again(item);
+            self.go_on(item);
         }
         let mut began = Instant::now();
         for _ in 0..SERVICES {
@@ -149,6 +149,31 @@ impl Switch {
         let [Side::Lane(a), Side::Lane(b)] = &mut flow.sides else { return true };
         let (from, to) = if item & 1 == OPENER as u64 { (a, b) } else { (b, a) };
         from.could_relay(to)
+    }
+
+    /// What a guest's socket sends or gets has used up its rate until then.
+    pub(crate) fn hold_back(&mut self, id: FlowId, from: usize, at: u64) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if !std::mem::replace(&mut flow.marked[from], true) {
+            self.late.insert((at, id << 1 | from as u64));
+        }
+    }
+
+    /// What waited for its rate need not any more.
+    fn go_on(&mut self, item: u64) {
+        let (id, from) = (item >> 1, (item & 1) as usize);
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if flow.bridge(OPENER).is_some() && flow.bridge(ACCEPTER).is_some() {
+            return self.push_again(item);
+        }
+        flow.marked[from] = false;
+        match flow.socket(from) {
+            Some(socket) => {
+                socket.out.credit = true;
+                self.queue(id, from);
+            }
+            None => self.queue(id, 1 - from),
+        }
     }
 
     fn push_again(&mut self, item: u64) {
