@@ -482,6 +482,22 @@ def test_a_switch_that_polls(poll: str) -> None:
                 while data := sock.recv(100):
                     sock.sendall(data)
         assert slow.line() == "good"
+        # A word that no bell announces: nobody takes anything any more.
+        refused = node["a"].python("""
+            import isthmus
+            with isthmus.create_connection(("c", 7401), 30) as sock:
+                try:
+                    while True:
+                        sock.sendall(bytes(1000))
+                except BrokenPipeError:
+                    print("refused")
+        """)
+        with node.listen("c", 7401) as listener:
+            sock, _ = listener.accept()
+            with sock:
+                assert sock.recv(1)
+                sock.shutdown(socket.SHUT_RD)
+                assert refused.line() == "refused"
         switch = switch_of(node.broker.directory)
         before = ticks_of(switch)
         time.sleep(1)

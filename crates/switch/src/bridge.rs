@@ -17,6 +17,8 @@ use crate::vring::{Cursor, Piece};
 
 /// What a guest may have in flight towards a lane, bytes.
 pub const WINDOW: u32 = 1 << 20;
+/// Messages of one connection that are kept for somebody who takes nothing.
+pub const MESSAGES_MAX: usize = 16 << 10;
 
 /// What a record costs at least, as bytes.
 const RECORD_COST: usize = 256;
@@ -168,7 +170,7 @@ impl Bridge {
             if self.message && end {
                 self.messages.push_back(std::mem::take(&mut self.begun));
             }
-            if self.messages.len() > crate::deliver::MESSAGES_MAX {
+            if self.messages.len() > MESSAGES_MAX {
                 return Taken::Broken;
             }
         }

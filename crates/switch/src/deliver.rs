@@ -9,7 +9,7 @@ use isthmus_wire::vsock::{
 
 use isthmus_ring::layout::{RESET, TAKES_ALL};
 
-use crate::bridge::Front;
+use crate::bridge::{Front, MESSAGES_MAX};
 use crate::device::RX;
 use crate::flow::{By, FlowId, Side, State};
 use crate::switch::Switch;
@@ -20,9 +20,8 @@ const TURN_BYTES: usize = 128 << 10;
 
 /// Buffers that one packet is spread over at once; what is left is queued, and others have their turn.
 const EMITS_MAX: usize = 64;
-/// Bytes, and messages of one connection, that are kept for a guest that takes nothing.
+/// Bytes that are kept for a guest that takes nothing.
 const WAITING_MAX: usize = 64 << 20;
-pub(crate) const MESSAGES_MAX: usize = 16 << 10;
 /// Room for payload that every receive buffer has, if it does not take all there is (Linux: 3.7 KiB).
 const BUFFER_MIN: usize = 512;
 
