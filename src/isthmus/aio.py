@@ -385,10 +385,13 @@ async def connect(
     loop = asyncio.get_running_loop()
     opened: asyncio.Future[_native.Connection] = loop.create_future()
 
+    abandoned = False
+
+    # A connection that comes when nobody waits any more is, to the other side, no stream that ends in order.
     def settle(connection: _native.Connection | None, error: BaseException | None) -> None:
         if opened.cancelled():
             if connection is not None:
-                connection.close()
+                connection.abort()
         elif error is not None:
             opened.set_exception(error)
         elif connection is not None:
@@ -396,13 +399,23 @@ async def connect(
 
     def then(connection: _native.Connection | None, error: BaseException | None) -> None:
         try:
-            loop.call_soon_threadsafe(settle, connection, error)
+            if not abandoned:
+                loop.call_soon_threadsafe(settle, connection, error)
+                return
         except RuntimeError:  # the loop was closed meanwhile
-            if connection is not None:
-                connection.close()
+            pass
+        if connection is not None:
+            connection.abort()
 
     attachment.connect_then(host, port, kind, then, require=require)
-    return Connection(await opened)
+    try:
+        return Connection(await opened)
+    except asyncio.CancelledError:
+        abandoned = True
+        # It may have come in the very turn in which we were cancelled.
+        if not opened.cancelled() and opened.done() and opened.exception() is None:
+            opened.result().abort()
+        raise
 
 
 async def listen(
