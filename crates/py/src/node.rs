@@ -97,6 +97,7 @@ impl Node {
         self.inner.connect_then(
             request,
             Box::new(move |result| {
+                let mut untaken = Untaken(result.as_ref().ok().cloned());
                 Python::attach(|py| {
                     let called = match result {
                         Ok(connection) => {
@@ -119,6 +120,7 @@ impl Node {
                         error.write_unraisable(py, None);
                     }
                 });
+                untaken.0 = None;
             }),
         );
         Ok(())
@@ -242,5 +244,17 @@ impl Counters {
     fn read(&self) -> (u64, u64, u64, u64) {
         let [a, b, c, d] = self.inner.read();
         (a, b, c, d)
+    }
+}
+
+/// A connection that Python was not told of: when the interpreter ends first, nobody will use it, and to the other side
+/// that is no stream that ends in order.
+struct Untaken(Option<Arc<isthmus_engine::connection::Connection>>);
+
+impl Drop for Untaken {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            connection.abort();
+        }
     }
 }
