@@ -106,6 +106,8 @@ pub struct Connection {
     _attachment: Option<Arc<Attachment>>,
     /// The peer runs on no processor of this kernel.
     in_guest: bool,
+    /// It was opened, and whoever asked for it does not have it yet.
+    unclaimed: AtomicBool,
     generation: u32,
 }
 
@@ -144,6 +146,7 @@ impl Connection {
             node: node.map_or_else(Weak::new, Arc::downgrade),
             _attachment: node.and_then(|node| node.keep()),
             in_guest,
+            unclaimed: AtomicBool::new(false),
             generation: cpu::generation(),
         })
     }
@@ -658,10 +661,20 @@ impl Connection {
         }
     }
 
+    /// Until [`Connection::claim`], nobody can send here: to the other side its end is no stream that ends in order.
+    pub(crate) fn leave_unclaimed(&self) {
+        self.unclaimed.store(true, Ordering::Release);
+    }
+
+    /// Whoever asked for this connection has it.
+    pub fn claim(&self) {
+        self.unclaimed.store(false, Ordering::Release);
+    }
+
     /// Finish both directions and tell the broker. What was sent is delivered. Harmless when
     /// repeated.
     pub fn close(&self) {
-        self.end(false);
+        self.end(self.unclaimed.load(Ordering::Acquire));
     }
 
     /// As [`Connection::close`], but the peer hears a reset behind what was sent, as if this side had died: what it

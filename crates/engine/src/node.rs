@@ -323,10 +323,13 @@ impl Node {
     pub fn connect(self: &Arc<Self>, request: &ConnectRequest, how: &How<'_>) -> Result<Arc<Connection>> {
         let (tx, rx) = mpsc::sync_channel(1);
         self.connect_then(request.clone(), Box::new(move |result| drop(tx.send(result))));
-        wait_for(&rx, how)?
+        let connection = wait_for(&rx, how)??;
+        connection.claim();
+        Ok(connection)
     }
 
-    /// As [`Node::connect`], without waiting: `then` is called on the engine's thread.
+    /// As [`Node::connect`], without waiting: `then` is called on the engine's thread, and claims the connection. One
+    /// that nobody claims is reset.
     pub fn connect_then(
         self: &Arc<Self>,
         request: ConnectRequest,
@@ -462,7 +465,9 @@ impl Node {
             large: own.1,
             theirs: (small, large),
         };
-        self.join(offer, info, descriptors, (small, large), secret)
+        let connection = self.join(offer, info, descriptors, (small, large), secret)?;
+        connection.leave_unclaimed();
+        Ok(connection)
     }
 
     fn join(

@@ -97,12 +97,12 @@ impl Node {
         self.inner.connect_then(
             request,
             Box::new(move |result| {
-                let mut untaken = Untaken(result.as_ref().ok().cloned());
                 Python::attach(|py| {
                     let called = match result {
                         Ok(connection) => {
                             let shown = Connection::new(Arc::clone(&connection));
                             let called = then.call1(py, (shown, py.None()));
+                            connection.claim();
                             if let Some(readiness) = readiness {
                                 connection.attach_readiness(readiness);
                             }
@@ -120,7 +120,6 @@ impl Node {
                         error.write_unraisable(py, None);
                     }
                 });
-                untaken.0 = None;
             }),
         );
         Ok(())
@@ -244,17 +243,5 @@ impl Counters {
     fn read(&self) -> (u64, u64, u64, u64) {
         let [a, b, c, d] = self.inner.read();
         (a, b, c, d)
-    }
-}
-
-/// A connection that Python was not told of: when the interpreter ends first, nobody will use it, and to the other side
-/// that is no stream that ends in order.
-struct Untaken(Option<Arc<isthmus_engine::connection::Connection>>);
-
-impl Drop for Untaken {
-    fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
-            connection.abort();
-        }
     }
 }
