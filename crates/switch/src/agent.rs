@@ -547,13 +547,11 @@ impl Switch {
                         return self.answer_agent(agent, 0, &Message::SeatFree { seat });
                     };
                     // The program has closed, or is gone: its side says no more.
-                    {
-                        if let Some(bridge) = self.flows.get_mut(&flow).and_then(|flow| flow.bridge(side)) {
-                            bridge.lose();
-                        }
-                        self.look_at_lane(flow, side);
-                        self.mark(flow);
+                    if let Some(bridge) = self.flows.get_mut(&flow).and_then(|flow| flow.bridge(side)) {
+                        bridge.lose();
                     }
+                    self.look_at_lane(flow, side);
+                    self.mark(flow);
                 }
             }
             ServiceKind::Bell(None) => {}

@@ -16,7 +16,7 @@ use isthmus_ring::{Mapped, Store};
 use isthmus_wire::control::TICKET;
 use isthmus_wire::vsock::Header;
 
-use crate::bridge::Bridge;
+use crate::bridge::{Bridge, WINDOW};
 
 pub type FlowId = u64;
 
@@ -304,10 +304,10 @@ impl Flow {
     /// What this side's guest may send at once, and how much of what it sent was taken.
     fn window(&mut self, side: usize) -> (u32, u32) {
         match &self.sides[1 - side] {
+            // What it may send at once is what the rate cannot hold back.
+            Side::Guest(other) if self.terms.rate > 0 => (other.buf_alloc.min(WINDOW), other.fwd_cnt),
             Side::Guest(other) => (other.buf_alloc, other.fwd_cnt),
-            Side::Lane(_) | Side::Service(_) => {
-                (crate::bridge::WINDOW, self.socket(side).map_or(0, |socket| socket.taken))
-            }
+            Side::Lane(_) | Side::Service(_) => (WINDOW, self.socket(side).map_or(0, |socket| socket.taken)),
             // Whatever it sends would have nowhere to go.
             Side::Waiting(_) | Side::Unknown => (0, 0),
         }
@@ -386,5 +386,21 @@ mod tests {
         assert!(!socket.receive(u32::MAX));
         assert!(!socket.receive((1 << 31) + 10));
         assert!(socket.receive(10));
+    }
+
+    #[test]
+    fn a_guest_that_promises_its_partner_four_gigabytes_is_held_to_the_rate() {
+        let key = Key { cid: 3, port: 1024, peer: 4, peer_port: 80, kind: 1 };
+        let generous = Socket { buf_alloc: u32::MAX, fwd_cnt: 0, ..Socket::default() };
+        let sides = [Side::Guest(Socket::default()), Side::Guest(generous)];
+        let mut flow = Flow::new(key, State::Open, sides);
+        assert_eq!(flow.header(OPENER, 0).buf_alloc, u32::MAX);
+        flow.terms.rate = 1_000_000;
+        assert_eq!(flow.header(OPENER, 0).buf_alloc, WINDOW);
+        for taken in [WINDOW, 2 * WINDOW] {
+            flow.sides[ACCEPTER] = Side::Guest(Socket { buf_alloc: u32::MAX, fwd_cnt: taken, ..Socket::default() });
+            let held = flow.pass(OPENER, 1).is_err();
+            assert_eq!((held, flow.header(OPENER, 0).fwd_cnt), (taken > WINDOW, WINDOW));
+        }
     }
 }
