@@ -15,6 +15,7 @@ __all__ = [
     "CONTROL_VERSION",
     "ERROR_CLASSES",
     "FEATURE_GUEST",
+    "FEATURE_SOCKETS",
     "LARGE_DEFAULT",
     "PRIVILEGED_PORT_MAX",
     "REFUSALS",
@@ -26,6 +27,7 @@ __all__ = [
     "Counters",
     "Datagram",
     "Listener",
+    "Living",
     "Node",
     "Pollable",
     "Poller",
@@ -43,7 +45,10 @@ __all__ = [
     "control_decode",
     "control_encode",
     "parse_address",
+    "pass_calls",
     "run_switch",
+    "spawn_supervised",
+    "supervise",
 ]
 
 _Kind: TypeAlias = Literal["stream", "seqpacket", "datagram"]
@@ -53,6 +58,7 @@ ANY_PORT: int
 SEATS_PORT: int
 PRIVILEGED_PORT_MAX: int
 FEATURE_GUEST: int
+FEATURE_SOCKETS: int
 CONTROL_PORT: int
 BELL_PORT: int
 CARRIERS: frozenset[str]
@@ -264,3 +270,17 @@ def bench_ring(
     fd: int, left: bool, streaming: bool, wait: str, part: str, plan: _Plan, /
 ) -> dict[str, Any]: ...
 def bench_ring_memory() -> int: ...
+
+@final
+class Living:
+    """Weak references to open files, each with a token: which of them does somebody still hold?"""
+
+    def __new__(cls) -> Living: ...
+    def add(self, fd: int, token: int) -> None: ...
+    def tokens(self) -> list[int]: ...
+
+def spawn_supervised(words: list[str], unblocked: list[int]) -> tuple[int, int]: ...
+def supervise(
+    calls: int, ledger: int, door: str, program: str, *, require: bool = False, verbose: bool = False
+) -> None: ...
+def pass_calls(calls: int, ledger: int) -> None: ...

@@ -186,6 +186,7 @@ _REFUSALS: dict[str, tuple[type[Refused], int]] = {
     "wildcard-needs-rule": (WildcardNeedsRule, _errno.EPERM),
     "path-unavailable": (PathUnavailable, _errno.ENETUNREACH),
     "wrong-kind": (WrongKind, _errno.EPROTOTYPE),
+    "wrong-address": (UnknownDomain, _errno.EHOSTUNREACH),
     "domain-removed": (DomainRemoved, _errno.ECONNABORTED),
 }
 

@@ -7,6 +7,7 @@
 //! broker the tickets of its connections.
 
 mod agent;
+pub mod sockets;
 mod spare;
 
 use std::collections::HashMap;
@@ -30,6 +31,7 @@ use crate::lane::Offer;
 use crate::listener::{Acceptor, Listener, Terms};
 use crate::lock;
 use crate::wait::How;
+use sockets::Host;
 use spare::Spare;
 
 /// The broker answers at once or after its own time-outs, which are shorter.
@@ -106,6 +108,7 @@ pub struct Node {
     wake: Flag,
     stopping: AtomicBool,
     attachment: OnceLock<Weak<Attachment>>,
+    host: Option<Arc<dyn Host>>,
     generation: u32,
 }
 
@@ -115,17 +118,29 @@ impl Node {
     /// # Errors
     /// No broker answers there, or it refuses.
     pub fn attach(door: &Path, program: &str) -> Result<Arc<Attachment>> {
+        Self::start(door, program, Some(greet(door, program, 0)?), None)
+    }
+
+    /// Start the engine's thread, with a broker or in search of one.
+    fn start(
+        door: &Path,
+        program: &str,
+        greeted: Option<(OwnedFd, Identity)>,
+        host: Option<Arc<dyn Host>>,
+    ) -> Result<Arc<Attachment>> {
         cpu::raise_descriptor_limit();
-        let (control, identity) = greet(door, program)?;
+        let (control, identity) = greeted.unzip();
         let set = Set::new().map_err(Error::os("attaching"))?;
         let wake = Flag::new().map_err(Error::os("attaching"))?;
-        set.add(control.as_fd(), TOKEN_CONTROL).map_err(Error::os("attaching"))?;
+        if let Some(control) = &control {
+            set.add(control.as_fd(), TOKEN_CONTROL).map_err(Error::os("attaching"))?;
+        }
         set.add(wake.as_fd(), TOKEN_WAKE).map_err(Error::os("attaching"))?;
         let node = Arc::new(Self {
             door: door.to_owned(),
             program: program.to_owned(),
-            control: Mutex::new(Some(Arc::new(control))),
-            identity: Mutex::new(identity),
+            control: Mutex::new(control.map(Arc::new)),
+            identity: Mutex::new(identity.unwrap_or_default()),
             slots: Mutex::default(),
             next_request: AtomicU32::new(1),
             acceptors: Mutex::default(),
@@ -136,6 +151,7 @@ impl Node {
             wake,
             stopping: AtomicBool::new(false),
             attachment: OnceLock::new(),
+            host,
             generation: cpu::generation(),
         });
         let attachment = Arc::new(Attachment(Arc::clone(&node)));
@@ -191,7 +207,9 @@ impl Node {
 
     fn tell(&self, request: u32, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
         let control = self.control()?;
-        send(&control, request, message, descriptors)
+        // A host has programs waiting that must not wait for a broker.
+        let how = if self.host.is_some() { packet::send_now } else { packet::send };
+        send_how(&control, request, message, descriptors, how)
     }
 
     fn ask_then(&self, message: &Message<'_>, descriptors: &[BorrowedFd<'_>], then: Then) {
@@ -539,15 +557,27 @@ fn send(
     message: &Message<'_>,
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<()> {
+    send_how(control, request, message, descriptors, packet::send)
+}
+
+type SendPacket = fn(BorrowedFd<'_>, &[u8], &[BorrowedFd<'_>]) -> std::io::Result<()>;
+
+fn send_how(
+    control: &OwnedFd,
+    request: u32,
+    message: &Message<'_>,
+    descriptors: &[BorrowedFd<'_>],
+    how: SendPacket,
+) -> Result<()> {
     let mut buffer = [0; MESSAGE_MAX];
     let len = control::encode(request, message, &mut buffer).map_err(|e| Error::Os {
         what: "a request that cannot be sent",
         source: std::io::Error::new(std::io::ErrorKind::InvalidInput, e),
     })?;
-    packet::send(control.as_fd(), &buffer[..len], descriptors).map_err(|_| Error::BrokerLost)
+    how(control.as_fd(), &buffer[..len], descriptors).map_err(|_| Error::BrokerLost)
 }
 
-fn greet(door: &Path, program: &str) -> Result<(OwnedFd, Identity)> {
+fn greet(door: &Path, program: &str, features: u32) -> Result<(OwnedFd, Identity)> {
     let no_broker = |source| Error::NoBroker { door: door.display().to_string(), source };
     let control = packet::connect(door).map_err(no_broker)?;
     // A name too long for the message is cut, not refused.
@@ -555,7 +585,7 @@ fn greet(door: &Path, program: &str) -> Result<(OwnedFd, Identity)> {
     while !program.is_char_boundary(end) {
         end -= 1;
     }
-    send(&control, 1, &Message::Hello { features: 0, program: &program[..end] }, &[])?;
+    send(&control, 1, &Message::Hello { features, program: &program[..end] }, &[])?;
     let ready = isthmus_sys::poll::wait_readable(control.as_fd(), Some(ANSWER_LIMIT));
     if !ready.is_ok_and(|ready| ready.readable) {
         return Err(no_broker(std::io::ErrorKind::TimedOut.into()));

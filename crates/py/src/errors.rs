@@ -81,6 +81,11 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     Ok(PyErr::from_value(made))
 }
 
+/// What the kernel said, as `OSError` with its number.
+pub fn os_error(error: std::io::Error) -> PyErr {
+    PyOSError::new_err((error.raw_os_error().unwrap_or(libc_errno::EIO), error.to_string()))
+}
+
 /// The numbers, as Linux has them on every machine we build for.
 mod libc_errno {
     pub const EINTR: i32 = 4;

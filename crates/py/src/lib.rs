@@ -8,8 +8,10 @@ mod buffer;
 mod connection;
 mod control;
 mod errors;
+mod living;
 mod node;
 mod seat;
+mod supervisor;
 mod switch;
 
 use pyo3::prelude::*;
@@ -29,7 +31,11 @@ mod _native {
     };
 
     #[pymodule_export]
+    use super::living::Living;
+    #[pymodule_export]
     use super::seat::Seat;
+    #[pymodule_export]
+    use super::supervisor::{pass_calls, spawn_supervised, supervise};
     #[pymodule_export]
     use super::switch::run_switch;
 
@@ -57,6 +63,8 @@ mod _native {
     const ANY_PORT: u32 = isthmus_wire::control::ANY_PORT;
     #[pymodule_export]
     const FEATURE_GUEST: u32 = isthmus_wire::control::FEATURE_GUEST;
+    #[pymodule_export]
+    const FEATURE_SOCKETS: u32 = isthmus_wire::control::FEATURE_SOCKETS;
     #[pymodule_export]
     const CONTROL_PORT: u32 = isthmus_wire::control::CONTROL_PORT;
     #[pymodule_export]

@@ -398,7 +398,8 @@ mod tests {
         flow.terms.rate = 1_000_000;
         assert_eq!(flow.header(OPENER, 0).buf_alloc, WINDOW);
         for taken in [WINDOW, 2 * WINDOW] {
-            flow.sides[ACCEPTER] = Side::Guest(Socket { buf_alloc: u32::MAX, fwd_cnt: taken, ..Socket::default() });
+            flow.sides[ACCEPTER] =
+                Side::Guest(Socket { buf_alloc: u32::MAX, fwd_cnt: taken, ..Socket::default() });
             let held = flow.pass(OPENER, 1).is_err();
             assert_eq!((held, flow.header(OPENER, 0).fwd_cnt), (taken > WINDOW, WINDOW));
         }

@@ -62,6 +62,11 @@ impl AsFd for Flag {
     }
 }
 
+/// Add a member to somebody else's event poll, with the events and the data that its owner wants.
+pub fn add_member(poll: BorrowedFd<'_>, fd: BorrowedFd<'_>, events: u32, data: u64) -> io::Result<()> {
+    Ok(epoll::add(poll, fd, EventData::new_u64(data), EventFlags::from_bits_retain(events))?)
+}
+
 /// A set of descriptors to wait for, each with a token.
 pub struct Set(OwnedFd);
 

@@ -47,6 +47,10 @@ pub const ANY_PORT: u32 = u32::MAX;
 /// directions comes with `incoming` and `connected`.
 pub const FEATURE_GUEST: u32 = 1;
 
+/// In `Hello.features` and `Welcome.features`: the program's connections are kernel sockets that the broker brings
+/// (`connect-socket`), and so are those to its ports.
+pub const FEATURE_SOCKETS: u32 = 2;
+
 /// Ports of the host on which the switch itself listens, for the agents of its guests.
 pub const CONTROL_PORT: u32 = 1;
 /// Only from a privileged port: whoever names pages of a guest's memory may name any.
@@ -132,6 +136,8 @@ list! {
         DomainRemoved = 14 "domain-removed",
         PeerGone = 15 "peer-gone",
         Version = 16 "version",
+        /// The address that the opener named is not one of the listener's network.
+        WrongAddress = 17 "wrong-address",
     }
 }
 
@@ -507,6 +513,69 @@ messages! {
         cid: u32,
         cpu_us: u64,
     }
+    /// program -> bring a kernel socket, connected to a port of another program that takes such sockets. Answered by
+    /// `connected-socket`.
+    ConnectSocket = 43 "connect-socket" {
+        /// Name or decimal number of the domain, or an IP address that is one of its.
+        to: &'a str,
+        to_port: u32,
+        kind: SocketKind,
+        /// What the listener is told of where this comes from: an IP address of this domain, or nothing; and a port.
+        source: &'a str,
+        source_port: u32,
+    }
+    /// broker -> somebody connects to one of your ports with a kernel socket. With your end of it. Answer with `accept`
+    /// (whose ring sizes are 0) or `refuse`.
+    IncomingSocket = 44 "incoming-socket" {
+        connection: u64,
+        from: u32,
+        from_name: &'a str,
+        from_port: u32,
+        /// An IP address that the broker knows as the opener's, or nothing; and the port that it gave.
+        source: &'a str,
+        source_port: u32,
+        port: u32,
+        partner: u32,
+        /// The IP address that the opener named, if it named one.
+        destination: &'a str,
+        kind: SocketKind,
+        why: &'a str,
+        ticket: [u8; TICKET],
+    }
+    /// broker -> the socket is connected. With your end of it.
+    ConnectedSocket = 45 "connected-socket" {
+        connection: u64,
+        to: u32,
+        to_name: &'a str,
+        to_port: u32,
+        from_port: u32,
+        why: &'a str,
+        ticket: [u8; TICKET],
+    }
+    /// program -> as `resume`, for a kernel socket. With the socket.
+    ResumeSocket = 46 "resume-socket" {
+        connection: u64,
+        peer: u32,
+        peer_port: u32,
+        port: u32,
+        kind: SocketKind,
+        opener: u8,
+        ticket: [u8; TICKET],
+    }
+    /// program -> the IP addresses of its network, with spaces between them, in the place of those it named before.
+    /// Believed for 30 seconds, as far as the operator gave them to the domain. Answered by `done`.
+    Addresses = 47 "addresses" { list: &'a str }
+    /// program -> connections of this domain took the ordinary network. For `isthmus status`. Not answered.
+    Fallback = 48 "fallback" {
+        /// Where to, as the program named it.
+        to: &'a str,
+        to_port: u32,
+        /// How many did, since the last message.
+        count: u32,
+        /// 1 if they were refused instead.
+        refused: u8,
+        why: &'a str,
+    }
 }
 
 /// Decode one packet: the request number and the message.
@@ -588,8 +657,8 @@ mod tests {
                     n += 1;
                     Some(match field {
                         "program" | "domain_name" | "node" | "to" | "from_name" | "to_name" | "why"
-                        | "text" | "name"
-                            if !matches!((*name, field), ("connected" | "resolved", "to")) =>
+                        | "text" | "name" | "source" | "destination" | "list"
+                            if !matches!((*name, field), ("connected" | "connected-socket", "to")) =>
                         {
                             Value::Text("déjà-vu")
                         }
@@ -662,7 +731,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_is_refused_or_encodes_to_itself(mut bytes: Vec<u8>, code in 0u8..24) {
+        fn garbage_is_refused_or_encodes_to_itself(mut bytes: Vec<u8>, code in 0u8..64) {
             if bytes.len() >= HEADER {
                 bytes[0] = VERSION;
                 bytes[1] = code;

@@ -64,6 +64,7 @@ class Attachment:
         "_queue_bytes",
         "_sock",
         "_writing",
+        "brings_sockets",
         "closed",
         "domain",
         "fd",
@@ -96,6 +97,8 @@ class Attachment:
         self.paused = False
         self.closed = False
         self.program = ""
+        #: Its connections, and those to its ports, are kernel sockets.
+        self.brings_sockets = False
         #: What the last `status` described; paged through by offset.
         self.report = ""
         self.sides: set[Side] = set()

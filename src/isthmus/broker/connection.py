@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .attachment import Attachment
 
 
+#: The path of a connection whose ends are kernel sockets that the broker brought.
+SOCKET = "socket"
+
+
 class Side:
     """One end of a connection."""
 
@@ -31,12 +35,16 @@ class Side:
         #: Whether `port` was chosen by the broker for this connection.
         self.chosen = False
 
+    @property
+    def _lanes(self) -> int:
+        return 0 if self.connection.carrier == SOCKET else 2
+
     def hold(self, memory: int) -> None:
         domain = self.domain
         self.held = True
         self.memory = memory
         domain.connections += 1
-        domain.lanes += 2
+        domain.lanes += self._lanes
         domain.memory += memory
         domain.peers[self.peer.number] = domain.peers.get(self.peer.number, 0) + 1
 
@@ -51,7 +59,7 @@ class Side:
         self.held = False
         domain = self.domain
         domain.connections -= 1
-        domain.lanes -= 2
+        domain.lanes -= self._lanes
         domain.memory -= self.memory
         left = domain.peers.get(self.peer.number, 1) - 1
         if left:
@@ -60,6 +68,7 @@ class Side:
             domain.peers.pop(self.peer.number, None)
         if self.chosen:
             domain.chosen.discard(self.port)
+        domain.sockets.discard(self)
         if self.counters is not None:
             domain.account(self.connection.carrier).add(self.counters.read())
             self.counters = None
@@ -134,6 +143,8 @@ def path_of(decision: Decision, opener: Domain, accepter: Domain) -> str:
 
 def path_text(decision: Decision, path: str) -> str:
     """Why a connection takes the path it takes, in the words that both ends get."""
+    if path == SOCKET:
+        return f"same kernel; {decision.why}; both programs use kernel sockets"
     if path == "switch":
         return f"a guest is involved, so the switch copies; {decision.why}"
     if decision.strict:

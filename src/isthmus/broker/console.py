@@ -22,8 +22,8 @@ from .answers import Refuse
 from .directory import Domain
 from .doors import DEVICE, DoorError
 from .explain import explain
-from .policy import GROUP_DEFAULT, KINDS, PolicyError
-from .report import describe_connections, describe_domain, summarise_domain
+from .policy import GROUP_DEFAULT, KINDS, PolicyError, parse_network
+from .report import describe_connections, describe_domain, describe_fallbacks, summarise_domain
 
 if TYPE_CHECKING:
     from .service import Service
@@ -107,7 +107,11 @@ class Console:
         kind = request.get("kind") or "container"
         if kind not in KINDS:
             raise Wrong(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
-        domain = self._service.broker.add_domain(name, group, uid, kind)
+        addresses = request.get("addresses") or []
+        if not isinstance(addresses, list):
+            raise Wrong(f"addresses: {addresses!r} is not a list")
+        networks = tuple(parse_network(text) for text in addresses)
+        domain = self._service.broker.add_domain(name, group, uid, kind, networks)
         self._service.log.info("domain", action="add", name=name, group=group, number=domain.number)
         return self._describe(domain)
 
@@ -125,6 +129,7 @@ class Console:
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
         service = self._service
         broker = service.broker
+        broker.kernel_sockets.sweep()
         only = request.get("domain")
         if only is not None:
             domain = broker.find_domain(str(only))
@@ -151,6 +156,7 @@ class Console:
             ],
             "connections_total": len(broker.introductions.connections),
             "connections": connections,
+            "fallbacks": [entry for d in broker.domains.values() for entry in describe_fallbacks(d)],
             "refused": dict(sorted(broker.refusals.items())),
             "cut": broker.introductions.cuts,
         }
@@ -191,6 +197,7 @@ class Console:
             "kind": domain.kind,
             **self._device(domain),
             "uid": domain.uid,
+            "addresses": [str(network) for network in domain.addresses],
             "origin": domain.origin,
             "attachments": len(domain.attachments),
             "connections": domain.connections,

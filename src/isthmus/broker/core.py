@@ -16,23 +16,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isthmus._native import ANY_PORT, ANYBODY
+from isthmus._native import ANY_PORT, ANYBODY, FEATURE_SOCKETS
 
+from .addresses import Addresses, parse
 from .answers import Fault, Refuse, bounded, shown
 from .attachment import Attachment, OutOfDescriptors
-from .connection import Connection, path_text
+from .connection import SOCKET, Connection, path_text
 from .descriptors import WAITING_MAX, Descriptors
 from .directory import Binding, Domain, Lease
 from .doors import Door, DoorError
-from .introductions import Introductions
+from .introductions import ANSWER_S, Introductions
+from .kernel_sockets import KernelSockets
 from .log import Log
-from .policy import Kind, Policy
+from .policy import Kind, Network, Policy, parse_network
 from .report import ENTRIES_MAX, describe_domain
 from .state import State
 from .switch import Switch
 from .tickets import Tickets
 
-FEATURES = 0
+FEATURES = FEATURE_SOCKETS
 #: How long a new program may take to say `hello`.
 HELLO_S = 10.0
 #: A program that has read nothing for so long while messages wait loses its attachment; it may come again.
@@ -66,6 +68,8 @@ class Broker:
         self._state = state
         self.clock = clock
         self.introductions = Introductions(self, Tickets(state.key), log, clock)
+        self.kernel_sockets = KernelSockets(self)
+        self.addresses = Addresses(self.domains.values, loop.time)
         self.switch = Switch(directory, log, loop)
         self._numbers: dict[int, Domain] = {}
         self._doors: dict[str, Door] = {}
@@ -77,12 +81,16 @@ class Broker:
         self._handlers: dict[str, Callable[[Attachment, int, dict[str, Any], Descriptors], None]] = {
             "bind": self._bind,
             "unbind": self._unbind,
+            "addresses": self.kernel_sockets.handle_addresses,
             "connect": self.introductions.handle_connect,
+            "connect-socket": self.kernel_sockets.handle_connect,
+            "fallback": self.kernel_sockets.handle_fallback,
             "accept": self.introductions.handle_accept,
             "refuse": self.introductions.handle_refuse,
             "close": self.introductions.handle_close,
             "resolve": self._resolve,
             "resume": self.introductions.handle_resume,
+            "resume-socket": self.kernel_sockets.handle_resume,
             "status": self._status,
         }
 
@@ -98,7 +106,8 @@ class Broker:
     def start(self) -> None:
         """Open the doors of all known domains."""
         for name, entry in self._state.added.items():
-            self._add(name, entry["group"], entry["uid"], "operator", entry["kind"])
+            domain = self._add(name, entry["group"], entry["uid"], "operator", entry["kind"])
+            domain.addresses = tuple(parse_network(text) for text in entry["addresses"])
         self._take_over_domains(self.policy)
         for name in [name for name in self._state.numbers if name not in self.domains]:
             del self._state.numbers[name]
@@ -117,7 +126,14 @@ class Broker:
                         "door", path=str(path), text="belongs to no domain and cannot be removed"
                     )
 
-    def add_domain(self, name: str, group: str, uid: int | None, kind: Kind = "container") -> Domain:
+    def add_domain(
+        self,
+        name: str,
+        group: str,
+        uid: int | None,
+        kind: Kind = "container",
+        addresses: tuple[Network, ...] = (),
+    ) -> Domain:
         """Add a domain at run time, kept over restarts.
 
         Raises
@@ -133,7 +149,9 @@ class Broker:
             door = self._doors.get(name)
             if door is None:
                 raise DoorError(f"domain {name}: its door could not be opened; see the broker's log")
-            self._state.added[name] = {"group": group, "uid": uid, "kind": kind}
+            domain.addresses = addresses
+            texts = [str(network) for network in addresses]
+            self._state.added[name] = {"group": group, "uid": uid, "kind": kind, "addresses": texts}
             self._state.save()
         except BaseException:
             self._forget(name)
@@ -195,11 +213,26 @@ class Broker:
         self.policy.forget()
 
     def find_domain(self, text: str) -> Domain | None:
-        """By name or decimal number."""
+        """By name, decimal number or IP address.
+
+        Raises
+        ------
+        Refuse
+            It is an address that more than one domain may have.
+        """
         domain = self.domains.get(text)
-        if domain is None and text.isascii() and text.isdigit() and len(text) <= 10:
-            domain = self._numbers.get(int(text))
-        return domain
+        if domain is not None:
+            return domain
+        if text.isascii() and text.isdigit() and len(text) <= 10:
+            return self._numbers.get(int(text))
+        try:
+            return self.addresses.owner(parse(text))
+        except ValueError:
+            return None
+
+    def answer_deadline(self) -> float:
+        """When a listener's program that is asked now must have answered, by the loop's clock."""
+        return self.loop.time() + ANSWER_S
 
     def domain_numbered(self, number: int) -> Domain | None:
         return self._numbers.get(number)
@@ -231,9 +264,11 @@ class Broker:
                 self._state.added.pop(entry.name, None)
                 known = None
             if known is None:
-                self._add(entry.name, entry.group, entry.uid, "policy", entry.kind)
+                known = self._add(entry.name, entry.group, entry.uid, "policy", entry.kind)
+                known.addresses = entry.addresses
                 continue
             known.group = entry.group
+            known.addresses = entry.addresses
             known.limits = entry.limits
             if known.origin == "operator":
                 known.origin = "policy"
@@ -332,6 +367,7 @@ class Broker:
         domain.attachments.discard(attachment)
         self._paused.discard(attachment)
         self._blocked.discard(attachment)
+        self.addresses.forget(attachment)
         for lease in list(attachment.leases.values()):
             for binding in list(lease.bindings.values()):
                 self._drop_binding(lease, binding)
@@ -344,6 +380,10 @@ class Broker:
                     self.introductions.end_pending(connection)
                 else:
                     self.introductions.fail_pending(connection, "nobody-listens", "the listener is gone")
+            elif connection.carrier == SOCKET:
+                # Whoever has the socket need not be who asked for it.
+                attachment.sides.discard(side)
+                side.attachment = None
             else:
                 self.introductions.end_side(side, "the program is gone")
         if reason.startswith(("fault", "slow")):
@@ -364,6 +404,7 @@ class Broker:
         domain = attachment.domain
         attachment.greeted = True
         attachment.program = str(fields["program"])[:80]
+        attachment.brings_sockets = bool(fields["features"] & FEATURE_SOCKETS)
         attachment.send(
             "welcome",
             request,
@@ -445,6 +486,7 @@ class Broker:
     def _status(self, attachment: Attachment, request: int, fields: dict[str, Any], _: Descriptors) -> None:
         offset = fields["offset"]
         if offset == 0 or not attachment.report:
+            self.kernel_sockets.sweep()
             # It costs as much as many messages, so it counts as many.
             entries = len(attachment.domain.leases) + attachment.domain.connections
             attachment.domain.tokens -= 10 + min(entries, ENTRIES_MAX) / 8

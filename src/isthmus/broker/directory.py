@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from isthmus._native import ANY_PORT, ANYBODY
 
 from .descriptors import Undertaker
-from .policy import Kind, Limits
+from .policy import Kind, Limits, Network
 
 if TYPE_CHECKING:
     from .attachment import Attachment
-    from .connection import Connection
+    from .connection import Connection, Side
 
 #: Ports that the broker hands out start here; below, programs choose.
 CHOSEN_PORTS = 0x8000_0000
@@ -81,16 +81,29 @@ class Traffic:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+class Fallback:
+    """Connections that took the ordinary network for the same reason."""
+
+    __slots__ = ("count", "last")
+
+    def __init__(self) -> None:
+        self.count = 0
+        #: When that was last so, seconds since 1970.
+        self.last = 0.0
+
+
 class Domain:
     """A tenant, known by the door its programs come through."""
 
     __slots__ = (
         "_next_port",
+        "addresses",
         "attachments",
         "bound",
         "chosen",
         "connections",
         "control_messages",
+        "fallbacks",
         "group",
         "kind",
         "lanes",
@@ -105,6 +118,7 @@ class Domain:
         "pending_by_peer",
         "refilled_at",
         "refusals",
+        "sockets",
         "throttled",
         "tokens",
         "traffic",
@@ -150,6 +164,12 @@ class Domain:
         self.control_messages = 0
         self.throttled = 0
         self.refusals: dict[str, int] = {}
+        #: Networks the operator gave to this domain; its programs may claim addresses in them.
+        self.addresses: tuple[Network, ...] = ()
+        #: Sides whose ends are kernel sockets; they outlive the attachment that asked for them.
+        self.sockets: set[Side] = set()
+        #: What took the ordinary network, and why; the newest last.
+        self.fallbacks: dict[tuple[str, int, bool, str], Fallback] = {}
         self.traffic: dict[str, Traffic] = {}
 
     def __repr__(self) -> str:

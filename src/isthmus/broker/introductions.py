@@ -19,9 +19,9 @@ from isthmus._native import ANY_PORT, CARRIERS, bell_pair
 
 from .answers import Refuse, bounded, shown
 from .attachment import Attachment, OutOfDescriptors
-from .connection import Connection, Pending, Side, path_of, path_text
+from .connection import SOCKET, Connection, Pending, Side, path_of, path_text
 from .descriptors import Descriptors
-from .directory import CHOSEN_PORTS, Domain
+from .directory import CHOSEN_PORTS, Binding, Domain
 from .lanes import check_lane, check_page
 from .log import Log
 from .policy import WEIGHT_DEFAULT, Decision
@@ -42,6 +42,7 @@ _LISTENERS_MAY_SAY = {
     "limit-reached": "its program has reached a limit",
     "nobody-listens": _NOBODY,
     "path-unavailable": "its program cannot take this path",
+    "wrong-address": "its network does not have this address",
 }
 
 
@@ -51,7 +52,7 @@ class Introductions:
     def __init__(self, broker: Broker, tickets: Tickets, log: Log, clock: Callable[[], float]) -> None:
         self.connections: dict[int, Connection] = {}
         #: Connections opened, by path; cut; sides taken up again after a restart.
-        self.opened: dict[str, int] = {carrier: 0 for carrier in sorted(CARRIERS)}
+        self.opened: dict[str, int] = {path: 0 for path in sorted({*CARRIERS, SOCKET})}
         self.cuts = 0
         self.resumed = 0
         self._broker = broker
@@ -65,24 +66,15 @@ class Introductions:
     ) -> None:
         source = attachment.domain
         port, kind, carrier = fields["to_port"], fields["kind"], fields["carrier"]
-        destination = self._broker.find_domain(fields["to"])
-        if destination is None:
-            raise Refuse("unknown-domain", f"there is no domain {shown(fields['to'])} on this node")
+        destination, binding, decision = self.admit(source, fields["to"], port, kind)
         where = f"{destination.name}:{port}"
-        decision = self._broker.policy.decide(source, destination, port)
-        if not decision.accepted:
-            self._log_refused(source, where, decision.why, decision.rule)
-            if decision.action == "drop":
-                raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
-            hint = f"the operator sees why: isthmus explain {source.name} {destination.name} --port {port}"
+        if binding.attachment.brings_sockets:
             raise Refuse(
-                "refused-by-rule", f"{source.name} to {where}: {decision.why}; {hint}", decision.rule
+                "path-unavailable",
+                f"{where}: an unmodified program under `isthmus run`, or one that listens with "
+                "isthmus.kernel_server; connect with isthmus.kernel_socket",
+                decision.rule,
             )
-        binding = destination.listener(port, source.number)
-        if binding is None:
-            raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
-        if binding.kind != kind and (binding.port != ANY_PORT or kind == "datagram"):
-            raise Refuse("wrong-kind", f"{where}: a {binding.kind} listener, not {kind}")
         wanted = path_of(decision, source, destination)
         if carrier != wanted:
             if fields["require"]:
@@ -92,11 +84,7 @@ class Introductions:
                     decision.rule,
                 )
             raise Refuse("use-carrier", wanted, decision.rule)
-        from_port = fields["from_port"]
-        # Whoever stands for all ports of a guest knows the guest's ports.
-        if from_port and from_port not in attachment.leases and ANY_PORT not in attachment.leases:
-            raise Refuse("not-yours", f"connect: port {from_port} is not leased by this program")
-
+        from_port = self._leased(attachment, fields["from_port"])
         source.tokens -= CONNECT_COSTS
         small, large = fields["small"], fields["large"]
         memory = small + large
@@ -105,16 +93,10 @@ class Introductions:
                 "limit-reached",
                 f"ring: a ring of domain {source.name} has at most {source.limits.ring} bytes",
             )
-        over = source.over(destination, memory) or destination.over(source, 0)
-        if over is not None:
-            self._log_refused(source, where, f"limit reached: {over}", decision.rule)
-            raise Refuse("limit-reached", over)
-        listener = binding.attachment
-        if listener.crowded:
-            raise Refuse("backlog-full", f"{where}: its program does not read")
+        listener = self.room_for(source, destination, binding, memory, decision.rule)
         counters = check_lane("connect", carrier, descriptors, small, large)
 
-        number = self._new_number()
+        number = self.new_number()
         connection = Connection(
             number,
             kind,
@@ -125,7 +107,6 @@ class Introductions:
             (source, from_port or source.choose_port()),
             (destination, port),
         )
-        opener, accepter = connection.opener, connection.accepter
         try:
             ours, theirs = bell_pair()
         except OSError as error:
@@ -141,7 +122,7 @@ class Introductions:
                 secret=secret,
                 **{"from": source.number},
                 from_name=source.name,
-                from_port=opener.port,
+                from_port=connection.opener.port,
                 port=port,
                 partner=binding.partner,
                 kind=kind,
@@ -149,27 +130,87 @@ class Introductions:
                 small=small,
                 large=large,
                 why=connection.why,
-                ticket=self._ticket(connection, "accepter"),
+                ticket=self.ticket(connection, "accepter"),
             )
         except BaseException:
             os.close(ours)
             raise
         finally:
             os.close(theirs)
+        connection.opener.counters = counters
+        self.enter(connection, attachment, binding, memory, from_port)
+        deadline = self._broker.answer_deadline()
+        connection.pending = Pending(request, binding, ours, secret, small, large, deadline)
+
+    def admit(self, source: Domain, to: str, port: int, kind: str) -> tuple[Domain, Binding, Decision]:
+        """Whom a connect is for: the domain, its listener, and what the policy says.
+
+        Raises
+        ------
+        Refuse
+            There is no such domain, nobody listens there for this one, or the policy does not have it.
+        """
+        destination = self._broker.find_domain(to)
+        if destination is None:
+            raise Refuse("unknown-domain", f"there is no domain {shown(to)} on this node")
+        where = f"{destination.name}:{port}"
+        decision = self._broker.policy.decide(source, destination, port)
+        if not decision.accepted:
+            self._log_refused(source, where, decision.why, decision.rule)
+            if decision.action == "drop":
+                raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
+            hint = f"the operator sees why: isthmus explain {source.name} {destination.name} --port {port}"
+            raise Refuse(
+                "refused-by-rule", f"{source.name} to {where}: {decision.why}; {hint}", decision.rule
+            )
+        binding = destination.listener(port, source.number)
+        if binding is None:
+            raise Refuse("nobody-listens", f"{where}: {_NOBODY}")
+        if binding.kind != kind and (binding.port != ANY_PORT or kind == "datagram"):
+            raise Refuse("wrong-kind", f"{where}: a {binding.kind} listener, not {kind}")
+        return destination, binding, decision
+
+    def _leased(self, attachment: Attachment, port: int) -> int:
+        # Whoever stands for all ports of a guest knows the guest's ports.
+        if port and port not in attachment.leases and ANY_PORT not in attachment.leases:
+            raise Refuse("not-yours", f"connect: port {port} is not leased by this program")
+        return port
+
+    def room_for(
+        self, source: Domain, destination: Domain, binding: Binding, memory: int, rule: int
+    ) -> Attachment:
+        """The listener's program, if both domains and it have room for one more connection.
+
+        Raises
+        ------
+        Refuse
+            They have not; says which limit.
+        """
+        where = f"{destination.name}:{binding.port}"
+        over = source.over(destination, memory) or destination.over(source, 0)
+        if over is not None:
+            self._log_refused(source, where, f"limit reached: {over}", rule)
+            raise Refuse("limit-reached", over)
+        if binding.attachment.crowded:
+            raise Refuse("backlog-full", f"{where}: its program does not read")
+        return binding.attachment
+
+    def enter(
+        self, connection: Connection, attachment: Attachment, binding: Binding, memory: int, from_port: int
+    ) -> None:
+        """Count a connection whose listener has been asked. The caller sets `pending`."""
+        opener, accepter = connection.opener, connection.accepter
         opener.hold(memory)
-        opener.counters = counters
         opener.belong_to(attachment)
         if not from_port:
             opener.chosen = True
-            source.chosen.add(opener.port)
+            opener.domain.chosen.add(opener.port)
         accepter.hold(0)
-        accepter.belong_to(listener)
-        source.wait_for(destination, 1)
-        destination.wait_for(source, 1)
-        deadline = self._broker.loop.time() + ANSWER_S
-        connection.pending = Pending(request, binding, ours, secret, small, large, deadline)
+        accepter.belong_to(binding.attachment)
+        opener.domain.wait_for(accepter.domain, 1)
+        accepter.domain.wait_for(opener.domain, 1)
         binding.waiting.add(connection)
-        self.connections[number] = connection
+        self.connections[connection.number] = connection
         self._pending.append(connection)
         self._broker.arm()
 
@@ -184,6 +225,9 @@ class Introductions:
         ):
             text = "the opener is gone, or has waited too long"
             attachment.send("cut", 0, connection=fields["connection"], refusal="peer-gone", text=text)
+            return
+        if connection.carrier == SOCKET:
+            self._broker.kernel_sockets.accepted(connection)
             return
         pending = connection.pending
         opener, accepter = connection.opener, connection.accepter
@@ -231,18 +275,21 @@ class Introductions:
                 small=small,
                 large=large,
                 why=connection.why,
-                ticket=self._ticket(connection, "opener"),
+                ticket=self.ticket(connection, "opener"),
             )
         except OutOfDescriptors:
             text = "no more descriptors can be in flight"
             attachment.send("cut", 0, connection=connection.number, refusal="limit-reached", text=text)
             self.fail_pending(connection, "limit-reached", text)
             return
-        self._settle(connection)
+        self.settle(connection)
+        self.opens(connection)
+
+    def opens(self, connection: Connection) -> None:
+        """Count and log a connection that both ends have."""
         self.opened[connection.carrier] += 1
-        opener.domain.account(connection.carrier).connections += 1
-        if accepter.domain is not opener.domain:
-            accepter.domain.account(connection.carrier).connections += 1
+        for domain in {connection.opener.domain, connection.accepter.domain}:
+            domain.account(connection.carrier).connections += 1
         self._log_connection("open", connection, why=connection.why)
 
     def handle_refuse(self, attachment: Attachment, _: int, fields: dict[str, Any], __: Descriptors) -> None:
@@ -270,6 +317,26 @@ class Introductions:
     def handle_resume(
         self, attachment: Attachment, request: int, fields: dict[str, Any], descriptors: Descriptors
     ) -> None:
+        side = self.resumed_side(attachment, fields)
+        if side.held:
+            attachment.send("done", request)
+            return
+        memory = fields["small"] + fields["large"]
+        over = side.domain.over(side.peer, memory)
+        if over is not None:
+            raise Refuse("limit-reached", over)
+        side.counters = check_page("resume", fields["carrier"], descriptors, fields["small"], fields["large"])
+        self.resume(attachment, side, memory)
+        attachment.send("done", request)
+
+    def resumed_side(self, attachment: Attachment, fields: dict[str, Any]) -> Side:
+        """The side that a program shows a ticket for: the one that is known, or a new one.
+
+        Raises
+        ------
+        Refuse
+            The ticket is not for that, another program has it, or today's policy would not have it.
+        """
         domain = attachment.domain
         peer = self._broker.domain_numbered(fields["peer"])
         number, kind, carrier = fields["connection"], fields["kind"], fields["carrier"]
@@ -303,28 +370,23 @@ class Introductions:
         if side.held and side.attachment is not attachment and side.attachment is not None:
             if side.attachment.is_gone():
                 side.attachment.close("gone")
-                self.handle_resume(attachment, request, fields, descriptors)
-                return
+                return self.resumed_side(attachment, fields)
             raise Refuse("not-yours", "resume: another program holds this connection")
-        if side.held:
-            attachment.send("done", request)
-            return
-        memory = fields["small"] + fields["large"]
-        over = domain.over(peer, memory)
-        if over is not None:
-            raise Refuse("limit-reached", over)
-        counters = check_page("resume", carrier, descriptors, fields["small"], fields["large"])
-        self.connections[number] = connection
+        return side
+
+    def resume(self, attachment: Attachment, side: Side, memory: int) -> None:
+        """Count a side that was taken up again."""
+        connection, domain = side.connection, side.domain
+        is_opener = side is connection.opener
+        self.connections[connection.number] = connection
         side.hold(memory)
-        side.counters = counters
         side.belong_to(attachment)
         taken = side.port in domain.leases or side.port in domain.chosen
         if is_opener and side.port >= CHOSEN_PORTS and not taken:
             domain.chosen.add(side.port)
             side.chosen = True
         self.resumed += 1
-        self._log_connection("resume", connection, side=role)
-        attachment.send("done", request)
+        self._log_connection("resume", connection, side="opener" if is_opener else "accepter")
 
     def tell_terms(self, attachment: Attachment, connection: Connection, decision: Decision) -> None:
         """Tell the switch how to serve a connection of a guest."""
@@ -340,7 +402,7 @@ class Introductions:
             rate=(rule.rate or 0) // 8,
         )
 
-    def _ticket(self, connection: Connection, role: str) -> bytes:
+    def ticket(self, connection: Connection, role: str) -> bytes:
         opener, accepter = connection.opener, connection.accepter
         return self._tickets.make(
             connection.number,
@@ -353,13 +415,13 @@ class Introductions:
             role,
         )
 
-    def _new_number(self) -> int:
+    def new_number(self) -> int:
         while True:
             number = int.from_bytes(os.urandom(8), "little") >> 1
             if number and number not in self.connections:
                 return number
 
-    def _settle(self, connection: Connection) -> None:
+    def settle(self, connection: Connection) -> None:
         """A pending connection is pending no more."""
         pending = connection.pending
         if pending is not None:
@@ -372,7 +434,7 @@ class Introductions:
 
     def end_pending(self, connection: Connection) -> None:
         """Nothing comes of a pending connection. If its listener answers yet, it is told by `cut`."""
-        self._settle(connection)
+        self.settle(connection)
         connection.opener.release()
         connection.accepter.release()
         self.connections.pop(connection.number, None)

@@ -11,6 +11,7 @@ field.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ else:
 Action = Literal["accept", "refuse", "drop"]
 #: What a domain is: programs of this kernel, or a virtual machine.
 Kind = Literal["container", "vm"]
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ACTIONS: tuple[Action, ...] = ("accept", "refuse", "drop")
 KINDS: tuple[Kind, ...] = ("container", "vm")
@@ -155,6 +158,7 @@ class DomainEntry:
     uid: int | None
     limits: Limits
     kind: Kind = "container"
+    addresses: tuple[Network, ...] = ()
 
 
 NO_RULE = Decision("refuse", 0, False, "no rule accepts it", None)
@@ -319,7 +323,7 @@ def parse(text: str, origin: str = "policy") -> Policy:
 
 
 def _domain(entry: Mapping[str, Any], limits: Limits, place: _Place) -> DomainEntry:
-    _known_keys(entry, {"name", "group", "uid", "kind", "limits"}, place)
+    _known_keys(entry, {"name", "group", "uid", "kind", "addresses", "limits"}, place)
     if "name" not in entry:
         raise place.wrong("", "a domain needs a name")
     uid = None if "uid" not in entry else _number(entry, "uid", place, 0, 2**32 - 2)
@@ -329,7 +333,32 @@ def _domain(entry: Mapping[str, Any], limits: Limits, place: _Place) -> DomainEn
         uid,
         _limits(entry.get("limits", {}), limits, place, "limits"),
         _kind(entry.get("kind", "container"), place),
+        _addresses(entry.get("addresses", []), place),
     )
+
+
+def parse_network(text: object) -> Network:
+    """An address or a network, such as 10.0.0.7, fd00::7 or 10.0.3.0/24.
+
+    Raises
+    ------
+    ValueError
+        It is none; says why.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{_short(text)} is not an address or a network, such as 10.0.0.7 or 10.0.3.0/24")
+    network = ipaddress.ip_network(text)
+    if network.is_loopback or network.is_multicast or network.network_address.is_unspecified:
+        raise ValueError(f"{text!r} is nobody's own")
+    return network
+
+
+def _addresses(value: Any, place: _Place) -> tuple[Network, ...]:
+    entries = value if isinstance(value, list) else [value]
+    try:
+        return tuple(parse_network(entry) for entry in entries)
+    except ValueError as error:
+        raise place.wrong("addresses", str(error)) from None
 
 
 def _kind(value: Any, place: _Place) -> Kind:

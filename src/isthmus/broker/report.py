@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus._native import ANY_PORT, ANYBODY
 
-from .connection import Connection, Side
+from .connection import SOCKET, Connection, Side
 from .directory import Domain, Traffic
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def describe_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
     attachments = sorted(domain.attachments, key=lambda a: a.number)
     listeners = sorted(domain.listeners(), key=lambda b: (b.port, b.partner))
     sides = [side for attachment in attachments for side in attachment.sides]
+    sides += [side for side in domain.sockets if side.attachment is None]
     traffic = traffic_now([domain], {side.connection for side in sides})
     return {
         **summarise_domain(broker, domain),
@@ -63,7 +64,24 @@ def describe_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
             for b in listeners[:ENTRIES_MAX]
         ],
         "connections": [describe_side(broker, side) for side in sides[:ENTRIES_MAX]],
+        "fallbacks": describe_fallbacks(domain),
     }
+
+
+def describe_fallbacks(domain: Domain) -> list[dict[str, Any]]:
+    """What took the ordinary network, or was refused it, and why; the newest last."""
+    return [
+        {
+            "domain": domain.name,
+            "to": to,
+            "to_port": port,
+            "refused": refused,
+            "why": why,
+            "count": entry.count,
+            "last": entry.last,
+        }
+        for (to, port, refused, why), entry in domain.fallbacks.items()
+    ]
 
 
 def summarise_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
@@ -92,7 +110,9 @@ def summarise_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
 def describe_side(broker: Broker, side: Side) -> dict[str, Any]:
     connection = side.connection
     other = connection.accepter if side is connection.opener else connection.opener
-    counters = side.counters.read() if side.counters is not None else (0, 0, 0, 0)
+    # Nobody counts what goes through a kernel socket.
+    unknown = None if connection.carrier == SOCKET else 0
+    counters = side.counters.read() if side.counters is not None else (unknown,) * 4
     return {
         "connection": f"{connection.number:016x}",
         "opener": side is connection.opener,

@@ -15,7 +15,7 @@ from typing import Any
 
 from isthmus._native import check_name
 
-from .policy import KINDS
+from .policy import KINDS, parse_network
 
 KEY_BYTES = 32
 #: The first number of a domain. A guest's number is its CID, and smaller ones mean the host.
@@ -40,7 +40,8 @@ class State:
     numbers : dict of str to int
         The number of each domain that exists. A number is never used for another domain.
     added : dict of str to dict
-        Domains that the operator added: ``{"group": str, "uid": int or None, "kind": str}``.
+        Domains that the operator added: ``{"group": str, "uid": int or None, "kind": str,
+        "addresses": list of str}``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -113,7 +114,12 @@ def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     kind = entry.get("kind", "container")
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}")
-    return {"group": str(entry["group"]), "uid": None if uid is None else int(uid), "kind": kind}
+    return {
+        "group": str(entry["group"]),
+        "uid": None if uid is None else int(uid),
+        "kind": kind,
+        "addresses": [str(parse_network(text)) for text in entry.get("addresses", [])],
+    }
 
 
 def write_atomically(path: Path, content: bytes) -> None:

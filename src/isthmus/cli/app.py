@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "switch": ("isthmus.cli.switch:switch", "Run the switch for guests; the broker starts it."),
     "agent": ("isthmus.cli.agent:agent", "Run the agent of a guest."),
     "vm": ("isthmus.cli.vm:vm", "Small guests, and how to attach your own."),
+    "run": ("isthmus.cli.run:run", "Run an unmodified program, directly to its neighbours."),
     "forward": ("isthmus.cli.forward:forward", "Between this domain and Unix or TCP sockets."),
     "domain": ("isthmus.cli.domain:domain", "Add, list and remove domains."),
     "status": ("isthmus.cli.status:status", "Show domains, connections and their paths."),

@@ -28,6 +28,12 @@ def domain() -> None:
     help="What it is.",
 )
 @click.option("--for", "monitor", type=click.Choice(FORMATS), default="qemu", help="Of a vm: its monitor.")
+@click.option(
+    "--address",
+    "addresses",
+    multiple=True,
+    help="An IP address that is the domain's alone, or a network it may have addresses of. Again for more.",
+)
 @click.option("--uid", type=int, help="The user whose programs may use the door (a broker run by root).")
 @json_option
 @dir_option
@@ -38,6 +44,7 @@ def add(
     group: str | None,
     kind: str,
     monitor: str,
+    addresses: tuple[str, ...],
     uid: int | None,
     as_json: bool,
     directory: str | None,
@@ -46,7 +53,15 @@ def add(
 
     Mount the directory that is printed into the container; or give the lines to the monitor of the guest.
     """
-    answer = ask(runtime_dir(ctx, directory), "domain-add", name=name, group=group, uid=uid, kind=kind)
+    answer = ask(
+        runtime_dir(ctx, directory),
+        "domain-add",
+        name=name,
+        group=group,
+        uid=uid,
+        kind=kind,
+        addresses=list(addresses),
+    )
     if wants_json(ctx, as_json):
         say_json(answer)
     else:

@@ -85,6 +85,7 @@ def _show_node(answer: dict[str, Any]) -> None:
         left = answer["connections_total"] - len(answer["connections"])
         if left > 0:
             click.echo(f"and {left} more")
+    _show_fallbacks(answer["fallbacks"], with_domain=True)
     if answer["refused"] or answer["cut"]:
         click.echo(f"\nrefused: {_counts(answer['refused'])}   cut: {answer['cut']}")
 
@@ -105,10 +106,11 @@ def _show_domain(domain: dict[str, Any]) -> None:
     if domain["connections"]:
         click.echo()
         _show_connections(domain["connections"], with_domain=False)
+    _show_fallbacks(domain["fallbacks"], with_domain=False)
     if domain["traffic"]:
         click.echo()
         rows_ = (
-            (path, t["connections"], size(t["sent_bytes"]), size(t["received_bytes"]))
+            (path, t["connections"], *_moved(t if path != "socket" else None))
             for path, t in domain["traffic"].items()
         )
         table(None, ("path", ">connections", ">sent", ">received"), rows_)
@@ -127,11 +129,33 @@ def _show_connections(connections: list[dict[str, Any]], *, with_domain: bool) -
         here = f"{c['domain']}:{c['port']}" if with_domain else c["port"]
         arrow = "->" if c["opener"] else "<-"
         peer = f"{c['peer']}:{c['peer_port']}"
-        moved = size(c["sent_bytes"]), size(c["received_bytes"])
+        moved = _moved(c if c["sent_bytes"] is not None else None)
         return here, arrow, peer, c["kind"], c["path"], c["state"], *moved, c["why"]
 
     columns = ("here", "", "peer", "kind", "path", "state", ">sent", ">received", "why")
     table(None, columns, map(row, connections))
+
+
+def _moved(counters: dict[str, Any] | None) -> tuple[str, str]:
+    """Bytes sent and received; nobody counts those of kernel sockets."""
+    return (
+        ("-", "-") if counters is None else (size(counters["sent_bytes"]), size(counters["received_bytes"]))
+    )
+
+
+def _show_fallbacks(fallbacks: list[dict[str, Any]], *, with_domain: bool) -> None:
+    """What `isthmus run` left on the ordinary network, or refused with --require."""
+    if not fallbacks:
+        return
+
+    def row(f: dict[str, Any]) -> tuple[object, ...]:
+        to = f"[{f['to']}]:{f['to_port']}" if ":" in f["to"] else f"{f['to']}:{f['to_port']}"
+        domain = (f["domain"],) if with_domain else ()
+        return *domain, to, f["count"], "refused" if f["refused"] else "tcp", f["why"]
+
+    click.echo()
+    domain = ("domain",) if with_domain else ()
+    table(None, (*domain, "not exchanged", ">times", "path", "why"), map(row, fallbacks))
 
 
 def _held(entry: tuple[str, list[int]]) -> str:

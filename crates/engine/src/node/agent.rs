@@ -29,6 +29,11 @@ struct Shown {
 impl Node {
     pub(super) fn run(self: Arc<Self>) {
         let mut events = Vec::new();
+        match &self.host {
+            Some(host) if self.attached() => host.attached(&self),
+            Some(_) => self.attach_again(),
+            None => {}
+        }
         while !self.stopping.load(Ordering::Acquire) {
             events.clear();
             let limit = self.spare.left();
@@ -83,6 +88,11 @@ impl Node {
                     let _ = self.tell(0, &Message::Refuse { connection, refusal }, &[]);
                 }
             }
+            Message::IncomingSocket { connection, .. } => {
+                if let Err(refusal) = self.incoming_socket(&message, descriptors) {
+                    self.refuse(connection, refusal);
+                }
+            }
             Message::Doorbell { offset, value } => {
                 let registers = descriptors.first().map(AsFd::as_fd);
                 if let Some(Ok(doorbell)) = registers.map(|file| Doorbell::new(file, offset, value)) {
@@ -90,6 +100,9 @@ impl Node {
                 }
             }
             Message::Cut { connection, text, .. } => {
+                if let Some(host) = &self.host {
+                    host.cut(connection, text);
+                }
                 // Both ends, if this program is connected to itself.
                 for opener in [true, false] {
                     let member = lock(&self.connections).remove(&key(connection, opener));
@@ -105,7 +118,9 @@ impl Node {
                 let then = lock(&self.slots).remove(&request);
                 if let Some(then) = then {
                     then(Ok(Answer { packet: packet.to_vec(), descriptors }));
-                } else if let Message::Connected { connection, .. } = message {
+                } else if let Message::Connected { connection, .. }
+                | Message::ConnectedSocket { connection, .. } = message
+                {
                     // Whoever asked was told that the broker is lost, and the next one was asked.
                     let _ = self.tell(0, &Message::Close { connection }, &[]);
                 }
@@ -207,13 +222,19 @@ impl Node {
         self.lose_control();
         let mut pause = RETRY_FIRST;
         while !self.stopping.load(Ordering::Acquire) {
-            if let Ok((control, identity)) = greet(&self.door, &self.program) {
+            if let Ok((control, identity)) = greet(&self.door, &self.program, self.features()) {
                 let control = Arc::new(control);
-                if let Ok(shown) = self.show_what_we_hold(&control) {
+                let shown = self
+                    .show_what_we_hold(&control)
+                    .and_then(|shown| self.show_sockets(&control).map(|()| shown));
+                if let Ok(shown) = shown {
                     if self.set.add(control.as_fd(), TOKEN_CONTROL).is_ok() {
                         *lock(&self.identity) = identity;
                         *lock(&self.control) = Some(control);
                         self.take_back(&shown);
+                        if let Some(host) = &self.host {
+                            host.attached(self);
+                        }
                         return;
                     }
                 }
@@ -293,7 +314,7 @@ impl Node {
     }
 
     /// Ask on a control socket that nobody else reads yet; what else arrives is handled.
-    fn exchange(
+    pub(super) fn exchange(
         self: &Arc<Self>,
         control: &Arc<OwnedFd>,
         message: &Message<'_>,
@@ -310,7 +331,10 @@ impl Node {
             }
             match control::decode(&buffer[..len]) {
                 Ok((request, _)) if request == asked => return Ok(buffer[..len].to_vec()),
-                Ok((_, Message::Incoming { connection, .. })) => {
+                Ok((
+                    _,
+                    Message::Incoming { connection, .. } | Message::IncomingSocket { connection, .. },
+                )) => {
                     // Not ready yet: the opener is told to try again.
                     drop(descriptors);
                     let refuse = Message::Refuse { connection, refusal: Refusal::BacklogFull };

@@ -1,0 +1,391 @@
+//! `listen` and `accept`: a listener's port is leased from the broker, and neighbours who come are knocked in.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use isthmus_engine::Error;
+use isthmus_engine::node::Node;
+use isthmus_engine::node::sockets::{Brought, Visitor};
+use isthmus_sys::inet::{self, Kind};
+use isthmus_sys::seccomp::{self, Answer, Call, Place};
+use isthmus_wire::control::Refusal;
+
+use crate::address::{self, canonical};
+use crate::supervisor::{ANSWER_LIMIT, Exchanged, Supervisor, TOKEN_FIRST, Verdict};
+use crate::target;
+
+/// A knock crosses no wire. One that takes longer waits for room in the listener's backlog.
+const KNOCK_LIMIT: Duration = Duration::from_millis(3);
+/// Where a neighbour comes from whose address nobody knows: an address that is nobody's (RFC 7600).
+const NOBODYS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8));
+
+/// A listening TCP socket of a supervised program.
+pub(crate) struct Listener {
+    pub address: SocketAddr,
+    /// What the loop calls it once somebody has waited in `accept`.
+    token: Option<u64>,
+}
+
+/// A port of the domain that is leased for listeners.
+pub(crate) struct Lease {
+    held: bool,
+    /// `listen` calls that wait for it.
+    waiting: Vec<u64>,
+    /// Until when they do.
+    pub until: Option<Instant>,
+    backlog: u32,
+}
+
+/// What a knock stands for.
+pub(crate) enum Waiting {
+    Neighbour(Box<Visitor>),
+    /// A TCP connection that was accepted for somebody who was interrupted just then.
+    Tcp(OwnedFd, SocketAddr),
+}
+
+pub(crate) struct Knock {
+    /// Our end; closing it would end the knock.
+    _socket: OwnedFd,
+    waiting: Waiting,
+}
+
+/// An `accept` that waits for somebody to come.
+pub(crate) struct Accept {
+    call: Call,
+    flags: i32,
+    /// Of the listener. We hold no copy of it: that would keep it open.
+    inode: u64,
+    pub until: Option<Instant>,
+}
+
+impl Supervisor {
+    pub(crate) fn listen(self: &Arc<Self>, call: Call) -> Verdict {
+        let [fd, backlog, ..] = call.arguments;
+        let Ok(descriptor) = target::look(call.thread, fd as RawFd) else { return Verdict::Untouched };
+        let Ok(socket) = seccomp::descriptor_of(call.thread, fd as RawFd) else { return Verdict::Untouched };
+        if inet::kind_of(socket.as_fd()).unwrap_or(Kind::Other) == Kind::Other || self.state().rings {
+            return Verdict::Untouched;
+        }
+        if let Err(error) = inet::listen(socket.as_fd(), backlog as i32) {
+            return Verdict::Is(Answer::Errno(error.raw_os_error().unwrap_or(libc::EINVAL)));
+        }
+        let Ok(address) = inet::local_address(socket.as_fd()).map(canonical) else {
+            return Verdict::Is(Answer::Value(0));
+        };
+        // Nobody outside this network reaches it, whatever path there is.
+        if address.ip().is_loopback() {
+            return Verdict::Is(Answer::Value(0));
+        }
+        self.listens(socket.as_fd(), descriptor.inode, Listener { address, token: None });
+        let asks = {
+            let mut state = self.state();
+            let fresh = Lease {
+                held: false,
+                waiting: Vec::new(),
+                until: None,
+                backlog: (backlog as i32).max(1) as u32,
+            };
+            let lease = state.leases.entry(address.port()).or_insert(fresh);
+            if lease.held {
+                return Verdict::Is(Answer::Value(0));
+            }
+            lease.waiting.push(call.id);
+            let asks = lease.until.is_none();
+            lease.until = Some(Instant::now() + ANSWER_LIMIT);
+            asks
+        };
+        match self.node() {
+            Some(node) if asks => self.lease(node, address.port()),
+            None => self.leased(address.port(), Err(Error::BrokerLost)),
+            _ => {}
+        }
+        Verdict::Waits
+    }
+
+    fn lease(self: &Arc<Self>, node: &Node, port: u16) {
+        let backlog = self.state().leases.get(&port).map_or(1, |lease| lease.backlog);
+        let supervisor = Arc::downgrade(self);
+        let then = move |result| {
+            if let Some(supervisor) = supervisor.upgrade() {
+                supervisor.leased(port, result);
+            }
+        };
+        node.lease_then(port.into(), backlog, Box::new(then));
+    }
+
+    /// A broker is there, for the first time or again: it knows of no port of ours.
+    pub(crate) fn lease_all(self: &Arc<Self>, node: &Node) {
+        let ports: Vec<u16> = {
+            let mut state = self.state();
+            for lease in state.leases.values_mut() {
+                lease.held = false;
+            }
+            state.leases.keys().copied().collect()
+        };
+        for port in ports {
+            self.lease(node, port);
+        }
+    }
+
+    fn leased(&self, port: u16, result: Result<(), Error>) {
+        let waiting = {
+            let mut state = self.state();
+            let Some(lease) = state.leases.get_mut(&port) else { return };
+            lease.held = result.is_ok();
+            lease.until = None;
+            std::mem::take(&mut lease.waiting)
+        };
+        match result {
+            Ok(()) => self.say(|| format!("listen on port {port}: neighbours come directly")),
+            Err(error) => {
+                let nowhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
+                self.state().fallbacks.count(nowhere, false, &format!("listen: {error}"));
+                self.say(|| format!("listen on port {port}: TCP alone: {error}"));
+            }
+        }
+        for id in waiting {
+            self.answer(id, Answer::Value(0));
+        }
+        self.wake();
+    }
+
+    pub(crate) fn give_up_leases(&self, now: Instant) {
+        let late = |lease: &Lease| lease.until.is_some_and(|until| until <= now);
+        let ports: Vec<u16> =
+            self.state().leases.iter().filter(|(_, lease)| late(lease)).map(|(port, _)| *port).collect();
+        for port in ports {
+            self.leased(port, Err(Error::TimedOut { done: 0 }));
+        }
+    }
+
+    /// Somebody comes. On the engine's thread.
+    pub(crate) fn visit(&self, visitor: Visitor) -> Result<(), Refusal> {
+        let port = visitor.brought.granted.port as u16;
+        let named: Option<IpAddr> = visitor.destination.parse().ok();
+        let suits = |listener: &&Listener| {
+            let own = listener.address.ip();
+            listener.address.port() == port && named.is_none_or(|named| own.is_unspecified() || own == named)
+        };
+        let address = self.state().listeners.values().find(suits).map(|listener| listener.address);
+        let address = address.ok_or(Refusal::NobodyListens)?;
+        let towards = SocketAddr::new(named.unwrap_or(reachable(address).ip()), port);
+        match self.knock(towards, Waiting::Neighbour(Box::new(visitor))).map_err(|error| error.kind()) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Refusal::BacklogFull),
+            Err(io::ErrorKind::AddrNotAvailable) => Err(Refusal::WrongAddress),
+            Err(_) => {
+                // The listener was closed, which nobody told us of.
+                self.state().listeners.retain(|_, listener| listener.address != address);
+                self.give_back_unused(port);
+                Err(Refusal::NobodyListens)
+            }
+        }
+    }
+
+    /// Give a port back if no listener uses it.
+    pub(crate) fn give_back_unused(&self, port: u16) {
+        let mut state = self.state();
+        let is_used = state.listeners.values().any(|listener| listener.address.port() == port);
+        if is_used || state.leases.remove(&port).is_none() {
+            return;
+        }
+        drop(state);
+        if let Some(node) = self.node() {
+            node.give_back(port.into());
+        }
+    }
+
+    /// Connect to a listener of this network, on behalf of who waits. `false`: it has no room.
+    fn knock(&self, listener: SocketAddr, waiting: Waiting) -> io::Result<bool> {
+        let socket = inet::bound(listener.ip())?;
+        let from = canonical(inet::local_address(socket.as_fd())?);
+        // Known before it can be accepted, and without the lock while it is under way.
+        let copy = socket.try_clone()?;
+        self.state().knocks.insert(from, Knock { _socket: socket, waiting });
+        let completed =
+            inet::begin(copy.as_fd(), listener).and_then(|()| inet::completed(copy.as_fd(), KNOCK_LIMIT));
+        if !matches!(completed, Ok(true)) {
+            self.state().knocks.remove(&from);
+        }
+        completed
+    }
+
+    pub(crate) fn accept(&self, call: Call, flags: i32) -> Verdict {
+        let fd = call.arguments[0] as RawFd;
+        let Ok(descriptor) = target::look(call.thread, fd) else { return Verdict::Untouched };
+        let inode = descriptor.inode;
+        if !self.state().listeners.contains_key(&inode) {
+            return Verdict::Untouched;
+        }
+        let Ok(listener) = seccomp::descriptor_of(call.thread, fd) else { return Verdict::Untouched };
+        let limit = if descriptor.nonblocking { None } else { inet::receive_limit(listener.as_fd()) };
+        let accept = Accept { call, flags, inode, until: limit.map(|limit| Instant::now() + limit) };
+        if let Some(verdict) = self.take(&accept, &listener) {
+            return verdict;
+        }
+        if descriptor.nonblocking {
+            return Verdict::Is(Answer::Errno(libc::EAGAIN));
+        }
+        let mut state = self.state();
+        state.accepts.push(accept);
+        let token = state.next_token.max(TOKEN_FIRST);
+        let Some(known) = state.listeners.get_mut(&inode) else { return Verdict::Waits };
+        if known.token.is_none() {
+            known.token = Some(token);
+            state.next_token = token + 1;
+            // It leaves the set when the program closes it, and says so if somebody is there already.
+            if self.set.add_edge(listener.as_fd(), token).is_err() {
+                state.accepts.pop();
+                return Verdict::Is(Answer::Errno(libc::ENOBUFS));
+            }
+        }
+        Verdict::Waits
+    }
+
+    /// Somebody came to a listener at which an `accept` has waited.
+    pub(crate) fn accept_ready(&self, token: u64) {
+        let waiting: Vec<Accept> = {
+            let mut state = self.state();
+            let inode = state.listeners.iter().find(|(_, listener)| listener.token == Some(token));
+            let Some(inode) = inode.map(|(inode, _)| *inode) else { return };
+            state.accepts.extract_where(|accept| accept.inode == inode)
+        };
+        let mut left = Vec::new();
+        for accept in waiting {
+            if !seccomp::waits(self.calls(), accept.call.id) {
+                self.answered(accept.call.id);
+                continue;
+            }
+            let listener = seccomp::descriptor_of(accept.call.thread, accept.call.arguments[0] as RawFd);
+            // The number may be another file's by now.
+            let same = |listener: &OwnedFd| inet::inode_of(listener.as_fd()).is_ok_and(|i| i == accept.inode);
+            let taken = listener.ok().filter(same).and_then(|listener| self.take(&accept, &listener));
+            match taken {
+                Some(verdict) => self.settle(accept.call, verdict),
+                None => left.push(accept),
+            }
+        }
+        self.state().accepts.splice(0..0, left);
+    }
+
+    pub(crate) fn give_up_accepts(&self, now: Instant) {
+        let late =
+            self.state().accepts.extract_where(|accept| accept.until.is_some_and(|until| until <= now));
+        for accept in late {
+            self.answer(accept.call.id, Answer::Errno(libc::EAGAIN));
+        }
+    }
+
+    /// Accept for a program. None: nobody is there.
+    fn take(&self, accept: &Accept, listener: &OwnedFd) -> Option<Verdict> {
+        loop {
+            if !inet::is_readable(listener.as_fd()) || !seccomp::waits(self.calls(), accept.call.id) {
+                return None;
+            }
+            let (tcp, from) = match inet::accept(listener.as_fd()) {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    return Some(Verdict::Is(Answer::Errno(error.raw_os_error().unwrap_or(libc::EAGAIN))));
+                }
+            };
+            let knock = self.state().knocks.remove(&canonical(from));
+            let waiting = match knock {
+                Some(knock) => knock.waiting,
+                None if self.options.require && !self.is_own(from) => {
+                    self.state().fallbacks.count(from, true, "accept: it came over TCP");
+                    continue;
+                }
+                None => Waiting::Tcp(tcp, from),
+            };
+            return Some(self.hand_over(accept, listener, waiting));
+        }
+    }
+
+    fn is_own(&self, address: SocketAddr) -> bool {
+        let ip = address.ip().to_canonical();
+        ip.is_loopback() || self.state().own.contains(&ip)
+    }
+
+    /// Give the program what it accepted.
+    fn hand_over(&self, accept: &Accept, listener: &OwnedFd, waiting: Waiting) -> Verdict {
+        let Accept { call, flags, .. } = accept;
+        let [_, at, len_at, ..] = call.arguments;
+        let bound = inet::local_address(listener.as_fd());
+        let v6 = bound.as_ref().is_ok_and(SocketAddr::is_ipv6);
+        let (socket, from) = match &waiting {
+            Waiting::Tcp(socket, from) => (socket, *from),
+            Waiting::Neighbour(visitor) => (&visitor.brought.socket, source_of(visitor)),
+        };
+        let nonblocking = flags & libc::SOCK_NONBLOCK != 0;
+        if inet::set_nonblocking(socket.as_fd(), nonblocking).is_err() {
+            return Verdict::Is(Answer::Errno(libc::ENOBUFS));
+        }
+        if at != 0 {
+            let bytes = address::encode(from, v6);
+            if let Err(number) = target::write_address(call.thread, at, len_at, &bytes) {
+                return Verdict::Is(Answer::Errno(number));
+            }
+        }
+        if let Waiting::Neighbour(visitor) = &waiting {
+            let local = local_of(visitor, bound.ok().map(canonical));
+            let granted = visitor.brought.granted.clone();
+            let entry = Exchanged { local, peer: from, v6, told: true, granted, set: HashMap::new() };
+            if self.exchanged(socket.as_fd(), entry).is_err() {
+                return Verdict::Is(Answer::Errno(libc::ENOBUFS));
+            }
+        }
+        let close_on_exec = flags & libc::SOCK_CLOEXEC != 0;
+        match seccomp::give(self.calls(), call.id, socket.as_fd(), Place::Returned, close_on_exec) {
+            Ok(_) => {
+                self.answered(call.id);
+                if let Waiting::Neighbour(visitor) = &waiting {
+                    let Brought { granted, .. } = &visitor.brought;
+                    self.say(|| format!("accept from {from}: {}; {}", granted.peer_name, granted.why));
+                }
+                Verdict::Waits
+            }
+            Err(error) => {
+                // Interrupted, or without room for one more open file: whoever accepts next gets it.
+                if let Ok(bound) = inet::local_address(listener.as_fd()).map(canonical) {
+                    let _ = self.knock(reachable(bound), waiting);
+                }
+                Verdict::Is(Answer::Errno(error.raw_os_error().unwrap_or(libc::EMFILE)))
+            }
+        }
+    }
+}
+
+fn reachable(bound: SocketAddr) -> SocketAddr {
+    match bound.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), bound.port()),
+        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::new(Ipv6Addr::LOCALHOST.into(), bound.port()),
+        _ => bound,
+    }
+}
+
+/// Take out of a list what is meant, in order.
+trait Extract<T> {
+    fn extract_where(&mut self, is_meant: impl Fn(&T) -> bool) -> Vec<T>;
+}
+
+impl<T> Extract<T> for Vec<T> {
+    fn extract_where(&mut self, is_meant: impl Fn(&T) -> bool) -> Vec<T> {
+        let (meant, left) = std::mem::take(self).into_iter().partition(|item| is_meant(item));
+        *self = left;
+        meant
+    }
+}
+
+fn source_of(visitor: &Visitor) -> SocketAddr {
+    SocketAddr::new(visitor.source.parse().unwrap_or(NOBODYS), visitor.source_port as u16)
+}
+
+fn local_of(visitor: &Visitor, bound: Option<SocketAddr>) -> SocketAddr {
+    let port = visitor.brought.granted.port as u16;
+    let ip = visitor.destination.parse().ok().or(bound.map(|bound| bound.ip()));
+    SocketAddr::new(ip.unwrap_or(NOBODYS), port)
+}

@@ -1,0 +1,441 @@
+//! The loop that answers calls, and what it knows.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use isthmus_engine::Living;
+use isthmus_engine::node::sockets::{Brought, Granted, Host, Visitor};
+use isthmus_engine::node::{Attachment, Node};
+use isthmus_sys::poll::{Flag, Set};
+use isthmus_sys::seccomp::{self, Answer, Call};
+use isthmus_sys::{inet, packet};
+
+use crate::address::may_be_a_neighbour;
+use crate::connect::Connect;
+use crate::fallback::Fallbacks;
+use crate::ledger::{self, Ledger};
+use crate::listen::{Accept, Knock, Lease, Listener};
+use crate::target;
+
+const TOKEN_CALLS: u64 = 0;
+const TOKEN_WAKE: u64 = 1;
+/// Of accepts that wait; each gets the next.
+pub(crate) const TOKEN_FIRST: u64 = 2;
+/// How long the broker may take before a program goes on without it.
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+/// How often the broker is told of fallbacks, and of this network's addresses.
+const TELL_FALLBACKS: Duration = Duration::from_millis(500);
+const TELL_ADDRESSES: Duration = Duration::from_secs(10);
+/// Sockets known before it is worth looking which of them are closed.
+const SWEEP_FIRST: usize = 64;
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Refuse what cannot be exchanged, except within this network.
+    pub require: bool,
+    /// A line for each connection on standard error.
+    pub verbose: bool,
+}
+
+/// What becomes of a call.
+pub(crate) enum Verdict {
+    /// None of our business.
+    Untouched,
+    Is(Answer),
+    /// It is answered later.
+    Waits,
+    /// The ordinary network, because.
+    Fallback(SocketAddr, String),
+}
+
+/// A socket that a program holds in the place of a TCP connection.
+pub(crate) struct Exchanged {
+    pub local: SocketAddr,
+    pub peer: SocketAddr,
+    /// The program believes that it has an IPv6 socket.
+    pub v6: bool,
+    /// Its `connect` has returned.
+    pub told: bool,
+    pub granted: Granted,
+    /// What the program set that only TCP knows: by level and option.
+    pub set: HashMap<(i32, i32), Vec<u8>>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub connects: HashMap<u64, Connect>,
+    pub listeners: HashMap<u64, Listener>,
+    pub leases: HashMap<u16, Lease>,
+    /// Our own connections to listeners, by where they come from.
+    pub knocks: HashMap<SocketAddr, Knock>,
+    pub accepts: Vec<Accept>,
+    pub next_token: u64,
+    /// By inode.
+    pub exchanged: HashMap<u64, Exchanged>,
+    sweep_at: usize,
+    pub fallbacks: Fallbacks,
+    pub own: HashSet<IpAddr>,
+    pub next_port: u16,
+    /// The broker did not answer in time, and has not since.
+    pub stuck: bool,
+    /// A program makes rings: who accepts through them is not seen here.
+    pub rings: bool,
+}
+
+/// Supervises every program behind one filter.
+pub struct Supervisor {
+    calls: OwnedFd,
+    ledger: Ledger,
+    pub(crate) options: Options,
+    state: Mutex<State>,
+    living: Living,
+    node: OnceLock<Arc<Attachment>>,
+    pub(crate) set: Set,
+    wake: Flag,
+}
+
+impl Supervisor {
+    /// Supervise whoever's calls wait at `calls`, on behalf of the domain behind `door`.
+    ///
+    /// # Errors
+    /// This process is out of descriptors or threads.
+    pub fn new(
+        calls: OwnedFd,
+        ledger: Ledger,
+        door: &Path,
+        program: &str,
+        options: Options,
+    ) -> io::Result<Arc<Self>> {
+        let supervisor = Arc::new(Self {
+            calls,
+            ledger,
+            options,
+            state: Mutex::default(),
+            living: Living::new()?,
+            node: OnceLock::new(),
+            set: Set::new()?,
+            wake: Flag::new()?,
+        });
+        supervisor.set.add(supervisor.calls.as_fd(), TOKEN_CALLS)?;
+        supervisor.set.add(supervisor.wake.as_fd(), TOKEN_WAKE)?;
+        supervisor.look_at_addresses();
+        let host = Arc::new(Engine(Arc::clone(&supervisor)));
+        let node = Node::attach_host(door, program, host).map_err(io::Error::other)?;
+        let _ = supervisor.node.set(node);
+        Ok(supervisor)
+    }
+
+    /// Answer calls until nobody is behind the filter any more.
+    ///
+    /// # Errors
+    /// The kernel takes no answers.
+    pub fn run(self: &Arc<Self>) -> io::Result<()> {
+        let mut events = Vec::new();
+        let (mut fallbacks_at, mut addresses_at) = (Instant::now(), Instant::now() + TELL_ADDRESSES);
+        loop {
+            let now = Instant::now();
+            if now >= fallbacks_at {
+                fallbacks_at = now + TELL_FALLBACKS;
+                self.tell_fallbacks();
+            }
+            if now >= addresses_at {
+                addresses_at = now + TELL_ADDRESSES;
+                self.look_at_addresses();
+                if let Some(node) = self.node() {
+                    self.tell_addresses(node);
+                }
+                self.sweep();
+            }
+            let mut until = addresses_at;
+            {
+                let state = self.state();
+                if !state.fallbacks.is_empty() {
+                    until = until.min(fallbacks_at);
+                }
+                let connects = state.connects.values().map(|connect| connect.until);
+                let leases = state.leases.values().filter_map(|lease| lease.until);
+                let accepts = state.accepts.iter().filter_map(|accept| accept.until);
+                until = connects.chain(leases).chain(accepts).fold(until, Instant::min);
+            }
+            events.clear();
+            match self.set.wait(Some(until.saturating_duration_since(now)), &mut events) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+            for (token, ready) in &events {
+                match *token {
+                    TOKEN_WAKE => self.wake.lower(),
+                    TOKEN_CALLS if ready.readable => self.next_call(),
+                    TOKEN_CALLS => {
+                        self.tell_fallbacks();
+                        return Ok(());
+                    }
+                    token => self.accept_ready(token),
+                }
+            }
+            self.give_up(Instant::now());
+        }
+    }
+
+    fn next_call(self: &Arc<Self>) {
+        let Ok(call) = seccomp::receive(self.calls.as_fd()) else { return };
+        self.ledger.begin(call.id);
+        let verdict = match call.number {
+            libc::SYS_connect => self.connect(call),
+            libc::SYS_listen => self.listen(call),
+            libc::SYS_accept => self.accept(call, 0),
+            libc::SYS_accept4 => self.accept(call, call.arguments[3] as i32),
+            libc::SYS_getsockname => self.name(call, false),
+            libc::SYS_getpeername => self.name(call, true),
+            libc::SYS_getsockopt => self.option(call),
+            libc::SYS_setsockopt => self.set_option(call),
+            libc::SYS_io_uring_setup => self.ring(),
+            _ => Verdict::Untouched,
+        };
+        self.settle(call, verdict);
+    }
+
+    pub(crate) fn settle(&self, call: Call, verdict: Verdict) {
+        match verdict {
+            Verdict::Untouched => drop(self.answer(call.id, Answer::Continue)),
+            Verdict::Is(answer) => drop(self.answer(call.id, answer)),
+            Verdict::Waits => {}
+            Verdict::Fallback(address, why) => {
+                let first = self.state().fallbacks.count(address, self.options.require, &why);
+                if first {
+                    let what = if self.options.require { "refused" } else { "TCP" };
+                    self.say(|| format!("connect to {address} by thread {}: {what}: {why}", call.thread));
+                }
+                let refused = Answer::Errno(libc::ECONNREFUSED);
+                self.answer(call.id, if self.options.require { refused } else { Answer::Continue });
+                self.wake.raise();
+            }
+        }
+    }
+
+    /// Let a call return. `false`: it does not wait any more; it was interrupted by a signal, or its thread is gone.
+    pub(crate) fn answer(&self, id: u64, answer: Answer) -> bool {
+        let heard = seccomp::answer(self.calls(), id, answer).is_ok();
+        self.ledger.end(id);
+        heard
+    }
+
+    /// The call returns with the descriptor that it was given.
+    pub(crate) fn answered(&self, id: u64) {
+        self.ledger.end(id);
+    }
+
+    pub(crate) fn calls(&self) -> BorrowedFd<'_> {
+        self.calls.as_fd()
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        // Left whole at each step, so a panic elsewhere does not matter.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The attachment, while a broker is there.
+    pub(crate) fn node(&self) -> Option<&Arc<Attachment>> {
+        self.node.get().filter(|node| node.attached())
+    }
+
+    /// The loop has a new deadline.
+    pub(crate) fn wake(&self) {
+        self.wake.raise();
+    }
+
+    pub(crate) fn say(&self, text: impl FnOnce() -> String) {
+        if self.options.verbose {
+            eprintln!("isthmus run: {}", text());
+        }
+    }
+
+    /// A program has this socket now.
+    pub(crate) fn exchanged(&self, socket: BorrowedFd<'_>, entry: Exchanged) -> io::Result<()> {
+        let inode = inet::inode_of(socket)?;
+        self.living.add(socket, inode)?;
+        self.state().exchanged.insert(inode, entry);
+        self.sweep_when_many();
+        Ok(())
+    }
+
+    /// A program listens here.
+    pub(crate) fn listens(&self, socket: BorrowedFd<'_>, inode: u64, listener: Listener) {
+        // Again, with another backlog: it is there already.
+        let _ = self.living.add(socket, inode);
+        self.state().listeners.insert(inode, listener);
+        self.sweep_when_many();
+    }
+
+    fn sweep_when_many(&self) {
+        let state = self.state();
+        let known = state.exchanged.len() + state.listeners.len();
+        let many = known >= state.sweep_at.max(SWEEP_FIRST);
+        drop(state);
+        if many {
+            self.sweep();
+        }
+    }
+
+    /// Forget what programs have closed.
+    fn sweep(&self) {
+        let Ok(living) = self.living.tokens() else { return };
+        let living: HashSet<u64> = living.into_iter().collect();
+        let mut state = self.state();
+        state.exchanged.retain(|inode, _| living.contains(inode));
+        let closed: Vec<SocketAddr> = {
+            let closed = state.listeners.iter().filter(|(inode, _)| !living.contains(inode));
+            closed.map(|(_, listener)| listener.address).collect()
+        };
+        state.listeners.retain(|inode, _| living.contains(inode));
+        state.sweep_at = 2 * (state.exchanged.len() + state.listeners.len());
+        drop(state);
+        for address in closed {
+            self.give_back_unused(address.port());
+        }
+    }
+
+    fn give_up(self: &Arc<Self>, now: Instant) {
+        let late: Vec<Connect> = {
+            let mut state = self.state();
+            let late = state.connects.iter().filter(|(_, connect)| connect.until <= now).map(|(id, _)| *id);
+            let late: Vec<u64> = late.collect();
+            let late: Vec<Connect> = late.into_iter().filter_map(|id| state.connects.remove(&id)).collect();
+            state.stuck |= !late.is_empty();
+            late
+        };
+        for connect in late {
+            let why = format!("the broker did not answer within {} s", ANSWER_LIMIT.as_secs());
+            self.settle(connect.call, Verdict::Fallback(connect.address, why));
+        }
+        self.give_up_leases(now);
+        self.give_up_accepts(now);
+    }
+
+    fn tell_fallbacks(&self) {
+        let Some(node) = self.node() else { return };
+        let counts = self.state().fallbacks.take();
+        for ((address, refused, why), count) in counts {
+            node.tell_fallback(
+                &address.ip().to_canonical().to_string(),
+                address.port().into(),
+                count,
+                refused,
+                &why,
+            );
+        }
+    }
+
+    fn look_at_addresses(&self) {
+        if let Ok(addresses) = inet::own_addresses() {
+            self.state().own = addresses.into_iter().map(|address| address.to_canonical()).collect();
+        }
+    }
+
+    fn tell_addresses(&self, node: &Node) {
+        let own: Vec<String> = {
+            let state = self.state();
+            let shown = state.own.iter().filter(|ip| may_be_a_neighbour(SocketAddr::new(**ip, 1)));
+            shown.take(64).map(ToString::to_string).collect()
+        };
+        node.tell_addresses(&own.join(" "));
+    }
+
+    /// What is done through a ring is not seen here: an accept there would meet a knock.
+    fn ring(&self) -> Verdict {
+        let leased: Vec<u16> = {
+            let mut state = self.state();
+            state.rings = true;
+            state.listeners.clear();
+            state.leases.drain().map(|(port, _)| port).collect()
+        };
+        if let Some(node) = self.node() {
+            for port in leased {
+                node.give_back(port.into());
+            }
+        }
+        self.say(|| "a program uses io_uring: neighbours reach it over TCP".into());
+        Verdict::Untouched
+    }
+}
+
+/// What the engine tells the supervisor, on its own thread.
+struct Engine(Arc<Supervisor>);
+
+impl Host for Engine {
+    fn incoming(&self, node: &Arc<Node>, visitor: Visitor) {
+        let connection = visitor.brought.granted.connection;
+        match self.0.visit(visitor) {
+            Ok(()) => drop(node.accept_socket(connection)),
+            Err(refusal) => node.refuse(connection, refusal),
+        }
+    }
+
+    fn cut(&self, connection: u64, why: &str) {
+        let state = self.0.state();
+        let meant = |(_, entry): &(&u64, &Exchanged)| entry.granted.connection == connection;
+        let inodes: Vec<u64> = state.exchanged.iter().filter(meant).map(|(inode, _)| *inode).collect();
+        drop(state);
+        for (inode, socket) in target::find_sockets(&|inode| inodes.contains(&inode)) {
+            packet::shut(socket.as_fd());
+            self.0.state().exchanged.remove(&inode);
+        }
+        self.0.say(|| format!("connection {connection:016x} was cut: {why}"));
+    }
+
+    fn attached(&self, node: &Arc<Node>) {
+        self.0.state().stuck = false;
+        self.0.tell_addresses(node);
+        self.0.lease_all(node);
+        self.0.state().fallbacks.forget();
+    }
+
+    fn held(&self) -> Vec<Brought> {
+        let inodes: HashSet<u64> = self.0.state().exchanged.keys().copied().collect();
+        if inodes.is_empty() {
+            return Vec::new();
+        }
+        let sockets = target::find_sockets(&|inode| inodes.contains(&inode));
+        let state = self.0.state();
+        let brought = |(inode, socket)| {
+            let granted = state.exchanged.get(&inode)?.granted.clone();
+            Some(Brought { socket, granted })
+        };
+        sockets.into_iter().filter_map(brought).collect()
+    }
+}
+
+/// Let every call that waits go on, until nobody is behind the filter any more: what is left to do for programs whose
+/// supervisor is gone.
+///
+/// # Errors
+/// The kernel takes no answers.
+pub fn pass_all(calls: BorrowedFd<'_>, ledger: &File) -> io::Result<()> {
+    for id in ledger::left(ledger) {
+        let _ = seccomp::answer(calls, id, Answer::Continue);
+    }
+    let set = Set::new()?;
+    set.add(calls, TOKEN_CALLS)?;
+    let mut events = Vec::new();
+    loop {
+        events.clear();
+        match set.wait(None, &mut events) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        for (_, ready) in &events {
+            if !ready.readable {
+                return Ok(());
+            }
+            if let Ok(call) = seccomp::receive(calls) {
+                let _ = seccomp::answer(calls, call.id, Answer::Continue);
+            }
+        }
+    }
+}

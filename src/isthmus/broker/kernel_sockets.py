@@ -1,0 +1,267 @@
+"""Connections whose ends are kernel sockets: what unmodified programs get, and all who insist on a
+descriptor.
+
+The broker makes both ends and keeps neither, so it is never told when one closes; its `Living` says which
+ends still exist, and is asked when somebody wants to know. A side belongs to the attachment that asked for
+it only for what the broker has to say to it: the connection outlives it.
+
+Format: docs/formats/control.md.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from isthmus._native import Living
+
+from .addresses import owns, parse
+from .answers import Refuse, shown
+from .attachment import Attachment, OutOfDescriptors
+from .connection import SOCKET, Connection, Pending, Side, path_text
+from .descriptors import Descriptors
+from .directory import Domain, Fallback
+
+if TYPE_CHECKING:
+    from .core import Broker
+
+#: How often the broker looks which ends still exist while nobody asks.
+SWEEP_S = 5.0
+#: A look takes a while; for so many times as long there is no other one because of limits.
+REST = 10
+#: Different reasons for taking the ordinary network that are kept for each domain.
+FALLBACKS_MAX = 64
+#: Do not let the other side pass descriptors (Linux 6.16).
+SO_PASSRIGHTS = 83
+
+_TYPES = {"stream": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET}
+
+
+class KernelSockets:
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._living = Living()
+        self._sides: dict[int, Side] = {}
+        self._armed = False
+        self._rest_until = 0.0
+
+    def handle_connect(
+        self, attachment: Attachment, request: int, fields: dict[str, Any], _: Descriptors
+    ) -> None:
+        source = attachment.domain
+        introductions = self._broker.introductions
+        port, kind = fields["to_port"], fields["kind"]
+        if kind not in _TYPES:
+            raise Refuse("wrong-kind", f"there are no kernel sockets for {kind}")
+        destination, binding, decision = introductions.admit(source, fields["to"], port, kind)
+        self._sweep_at_limits(source, destination)
+        where = f"{destination.name}:{port}"
+        if "vm" in (source.kind, destination.kind):
+            raise Refuse("path-unavailable", f"{where}: a guest takes part, which has sockets of its own")
+        if not binding.attachment.brings_sockets:
+            raise Refuse(
+                "path-unavailable",
+                f"{where}: its program uses Isthmus itself and takes no kernel sockets; "
+                "connect with isthmus.create_connection",
+                decision.rule,
+            )
+        source_address = self._source_address(source, fields["source"])
+        listener = introductions.room_for(source, destination, binding, 0, decision.rule)
+        connection = Connection(
+            introductions.new_number(),
+            kind,
+            SOCKET,
+            decision.rule,
+            path_text(decision, SOCKET),
+            self._broker.clock(),
+            (source, source.choose_port()),
+            (destination, port),
+        )
+        try:
+            ours, theirs = (end.detach() for end in _pair(_TYPES[kind]))
+        except OSError as error:
+            raise Refuse("limit-reached", f"the broker is out of descriptors: {error.strerror}") from None
+        try:
+            listener.send(
+                "incoming-socket",
+                0,
+                (theirs,),
+                connection=connection.number,
+                **{"from": source.number},
+                from_name=source.name,
+                from_port=connection.opener.port,
+                source=source_address,
+                source_port=fields["source_port"],
+                port=port,
+                partner=binding.partner,
+                destination=fields["to"] if _is_address(fields["to"]) else "",
+                kind=kind,
+                why=connection.why,
+                ticket=introductions.ticket(connection, "accepter"),
+            )
+            self._watch(connection.accepter, theirs)
+            self._watch(connection.opener, ours)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        introductions.enter(connection, attachment, binding, 0, 0)
+        for side in (connection.opener, connection.accepter):
+            side.domain.sockets.add(side)
+        connection.pending = Pending(request, binding, ours, 0, 0, 0, self._broker.answer_deadline())
+
+    def accepted(self, connection: Connection) -> None:
+        """The listener's program has taken its end."""
+        introductions = self._broker.introductions
+        opener, accepter, pending = connection.opener, connection.accepter, connection.pending
+        assert opener.attachment is not None
+        assert pending is not None
+        try:
+            opener.attachment.send(
+                "connected-socket",
+                pending.request,
+                (pending.bell,),
+                connection=connection.number,
+                to=accepter.domain.number,
+                to_name=accepter.domain.name,
+                to_port=accepter.port,
+                from_port=opener.port,
+                why=connection.why,
+                ticket=introductions.ticket(connection, "opener"),
+            )
+        except OutOfDescriptors:
+            introductions.fail_pending(connection, "limit-reached", "no more descriptors can be in flight")
+            return
+        introductions.settle(connection)
+        introductions.opens(connection)
+
+    def handle_resume(
+        self, attachment: Attachment, request: int, fields: dict[str, Any], descriptors: Descriptors
+    ) -> None:
+        """After a restart: a program shows an end that it, or a program it looks after, holds."""
+        if len(descriptors) != 1:
+            raise Refuse("bad-request", f"resume-socket: it needs 1 descriptor, not {len(descriptors)}")
+        side = self._broker.introductions.resumed_side(attachment, {**fields, "carrier": SOCKET})
+        if side.held:
+            # It was this program's before, and the broker never forgot.
+            side.belong_to(attachment)
+            attachment.send("done", request)
+            return
+        over = side.domain.over(side.peer, 0)
+        if over is not None:
+            raise Refuse("limit-reached", over)
+        if not _is_unix_socket(descriptors.fds[0]):
+            raise Refuse("bad-request", "resume-socket: the descriptor is not a Unix socket")
+        self._watch(side, descriptors.fds[0])
+        self._broker.introductions.resume(attachment, side, 0)
+        side.domain.sockets.add(side)
+        attachment.send("done", request)
+
+    def handle_fallback(
+        self, attachment: Attachment, _: int, fields: dict[str, Any], __: Descriptors
+    ) -> None:
+        """For the operator: a program took the ordinary network, or was refused it."""
+        known = attachment.domain.fallbacks
+        key = (str(fields["to"])[:64], fields["to_port"], bool(fields["refused"]), str(fields["why"])[:300])
+        # Taken out and put back, so that the newest are last.
+        entry = known.pop(key, None) or Fallback()
+        entry.count += fields["count"]
+        entry.last = self._broker.clock()
+        known[key] = entry
+        if len(known) > FALLBACKS_MAX:
+            del known[next(iter(known))]
+
+    def handle_addresses(
+        self, attachment: Attachment, request: int, fields: dict[str, Any], _: Descriptors
+    ) -> None:
+        self._broker.addresses.claim(attachment, fields["list"])
+        attachment.send("done", request)
+
+    def sweep(self) -> None:
+        """Look which ends still exist, and end the sides of those that do not."""
+        if not self._sides:
+            return
+        living = set(self._living.tokens())
+        for token in [token for token in self._sides if token not in living]:
+            side = self._sides.pop(token)
+            if side.held and side.connection.pending is None:
+                self._broker.introductions.end_side(side, "closed")
+
+    def release(self, side: Side) -> None:
+        """The side ended in another way."""
+        self._sides.pop(_token(side), None)
+
+    def _watch(self, side: Side, fd: int) -> None:
+        self._living.add(fd, _token(side))
+        self._sides[_token(side)] = side
+        if not self._armed:
+            self._armed = True
+            self._broker.loop.call_later(SWEEP_S, self._sweep_again)
+
+    def _sweep_again(self) -> None:
+        self.sweep()
+        self._armed = bool(self._sides)
+        if self._armed:
+            self._broker.loop.call_later(SWEEP_S, self._sweep_again)
+
+    def _sweep_at_limits(self, source: Domain, destination: Domain) -> None:
+        """Nobody meets a limit because of connections that are over, or makes us look all the time."""
+        now = self._broker.loop.time()
+        if now < self._rest_until or not (source.over(destination, 0) or destination.over(source, 0)):
+            return
+        self.sweep()
+        after = self._broker.loop.time()
+        self._rest_until = after + REST * (after - now)
+
+    def _source_address(self, source: Domain, text: str) -> str:
+        """What the listener is told of where the connection comes from.
+
+        Raises
+        ------
+        Refuse
+            It is not one of the domain's.
+        """
+        if not text:
+            return next((str(address) for address in self._broker.addresses.of(source)), "")
+        try:
+            address = parse(text)
+        except ValueError:
+            raise Refuse("bad-request", f"connect-socket: {shown(text)} is not an address") from None
+        if not owns(source, address):
+            raise Refuse(
+                "wrong-address", f"the operator did not give {address} to domain {source.name} (addresses)"
+            )
+        return text
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _token(side: Side) -> int:
+    return side.connection.number << 1 | (side is side.connection.opener)
+
+
+def _is_unix_socket(fd: int) -> bool:
+    """Asks nothing that a stranger's file system would have to answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fd)) as sock:
+        try:
+            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX
+        except OSError:
+            return False
+
+
+def _pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
+    ends = socket.socketpair(socket.AF_UNIX, kind)
+    for end in ends:
+        try:
+            end.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError:
+            break
+    return ends

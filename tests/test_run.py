@@ -1,0 +1,615 @@
+"""`isthmus run`: programs that know nothing of Isthmus, in two networks joined by a bridge."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LIMIT_S, becomes
+
+from isthmus.bench.bridge import Bridge, BridgeError
+from isthmus.testing import PrivateBroker
+
+POLICY = f"""
+[[domain]]
+name = "a"
+addresses = ["{Bridge.left_address}", "fd00:77::1"]
+
+[[domain]]
+name = "b"
+addresses = ["{Bridge.right_address}", "fd00:77::2"]
+
+[[domain]]
+name = "c"
+"""
+
+needs_redis = pytest.mark.skipif(not shutil.which("redis-server"), reason="redis is not installed")
+
+
+class Program:
+    """A program that runs in a network, perhaps under `isthmus run`; its lines are read one by one."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            assert self.process.stderr is not None
+            raise EOFError(self.process.stderr.read())
+        return line.rstrip("\n")
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end: how it ended, and what it wrote that was not read."""
+        out, err = self.process.communicate(timeout=LIMIT_S)
+        return self.process.returncode, out, err
+
+    def stop(self) -> None:
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(LIMIT_S)
+        # Whatever it left behind is in its session.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+class Net:
+    """Two networks, `left` of the domain a and `right` of the domain b, and a broker."""
+
+    def __init__(self, broker: PrivateBroker, bridge: Bridge) -> None:
+        self.broker = broker
+        self._bridge = bridge
+        self._programs: list[Program] = []
+        self._before: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """From now on `fallbacks` counts."""
+        self._before = self._fallbacks("a")
+
+    def start(self, side: str, *words: str, run: bool = True, door: str = "", options: str = "") -> Program:
+        domain = door or {"left": "a", "right": "b"}[side]
+        supervised = [sys.executable, "-m", "isthmus", "run", *options.split(), "--"] if run else []
+        command = [*self._bridge.prefix(side), *supervised, *words]
+        program = Program(command, {"ISTHMUS_DOOR": self.broker.door(domain)})
+        self._programs.append(program)
+        return program
+
+    def python(self, side: str, code: str, **more: Any) -> Program:
+        return self.start(side, sys.executable, "-u", "-c", textwrap.dedent(code), **more)
+
+    def output(self, side: str, *words: str, **more: Any) -> str:
+        code, out, err = self.start(side, *words, **more).end()
+        assert code == 0, err
+        return out
+
+    def server(self, code: str = "", port: int = 7000, **more: Any) -> Program:
+        """A server on the right that echoes, one connection in each thread."""
+        program = self.python("right", code or ECHO.format(port=port), **more)
+        assert program.line() == "listening"
+        return program
+
+    def connections(self, domain: str = "a") -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.broker.ask("status", domain=domain)["domain"]["connections"]
+        return found
+
+    def fallbacks(self) -> dict[str, int]:
+        """Why connections of the domain a were not exchanged in this test, and how many."""
+        found = self._fallbacks("a")
+        return {
+            why: n - self._before.get(why, 0) for why, n in found.items() if n != self._before.get(why, 0)
+        }
+
+    def _fallbacks(self, domain: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for entry in self.broker.ask("status", domain=domain)["domain"]["fallbacks"]:
+            found[entry["why"]] = found.get(entry["why"], 0) + entry["count"]
+        return found
+
+    def bytes_on_the_bridge(self) -> int:
+        text = subprocess.run(
+            [*self._bridge.prefix("left"), "cat", "/proc/net/dev"], capture_output=True, text=True, check=True
+        ).stdout
+        line = next(line for line in text.splitlines() if line.strip().startswith("eth0:"))
+        received, sent = line.split(":")[1].split()[0], line.split(":")[1].split()[8]
+        return int(received) + int(sent)
+
+    def stop(self) -> None:
+        for program in self._programs:
+            program.stop()
+        self._programs.clear()
+
+
+ECHO = """
+import socket, threading
+server = socket.create_server(("0.0.0.0", {port}), backlog=128)
+print("listening")
+def echo(sock):
+    with sock:
+        while data := sock.recv(1 << 16):
+            sock.sendall(data)
+while True:
+    sock, address = server.accept()
+    print(sock.family.name, *address)
+    threading.Thread(target=echo, args=(sock,), daemon=True).start()
+"""
+
+#: Talks to the echo, and says whether that took a socket of this kernel.
+TALK = """
+import os, socket, sys
+sock = socket.create_connection(("{to}", {port}), 20)
+sock.sendall(b"hello")
+assert sock.recv(5) == b"hello"
+real = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(sock.fileno()))
+import ctypes
+address = ctypes.create_string_buffer(128)
+print("path", os.readlink(f"/proc/self/fd/{{sock.fileno()}}").split(":")[0], sock.getpeername()[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def networks() -> Iterator[Net]:
+    try:
+        with PrivateBroker((), policy=POLICY) as broker, Bridge() as bridge:
+            yield Net(broker, bridge)
+    except BridgeError as error:
+        pytest.skip(f"no networks: {error}")
+
+
+@pytest.fixture
+def net(networks: Net) -> Iterator[Net]:
+    networks.begin()
+    try:
+        yield networks
+    finally:
+        networks.stop()
+
+
+def exchanged(net: Net, domain: str = "a") -> int:
+    return sum(c["path"] == "socket" for c in net.connections(domain))
+
+
+@needs_redis
+def test_redis_beside_the_bridge(net: Net) -> None:
+    """A stock server and a stock client: their bytes do not touch the bridge."""
+    words = ["redis-server", "--port", "6379", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""]
+    net.start("right", *words)
+
+    def client(*words: str) -> str:
+        return net.output("left", "redis-cli", "-h", Bridge.right_address, *words).strip()
+
+    becomes(lambda: net.broker.ask("status", domain="b")["domain"]["ports"])
+    assert client("set", "key", "value") == "OK"
+    before = net.bytes_on_the_bridge()
+    assert client("eval", "return string.rep('x', 3000000)", "0") == "x" * 3_000_000
+    listed = client("client", "list")
+    assert f"addr={Bridge.left_address}:" in listed
+    assert f"laddr={Bridge.right_address}:6379" in listed
+    assert net.bytes_on_the_bridge() - before < 10_000
+    plain = net.output("left", "redis-cli", "-h", Bridge.right_address, "get", "key", run=False)
+    assert plain.strip() == "value"
+
+
+def test_names_and_options_are_those_of_tcp(net: Net) -> None:
+    questions = """
+        def ask(sock):
+            import socket as s
+            print(sock.getsockname()[0], sock.getpeername()[0], sock.family.name)
+            tcp = s.IPPROTO_TCP
+            print(sock.getsockopt(s.SOL_SOCKET, s.SO_DOMAIN), sock.getsockopt(s.SOL_SOCKET, s.SO_PROTOCOL))
+            sock.setsockopt(tcp, s.TCP_NODELAY, 1)
+            sock.setsockopt(tcp, s.TCP_KEEPIDLE, 77)
+            print(sock.getsockopt(tcp, s.TCP_NODELAY), sock.getsockopt(tcp, s.TCP_KEEPIDLE))
+            print(sock.getsockopt(tcp, s.TCP_INFO, 104)[0], sock.getsockopt(tcp, s.TCP_MAXSEG) > 0)
+            try:
+                sock.setsockopt(tcp, s.TCP_CONGESTION, b"nonsense")
+            except FileNotFoundError:
+                print("no such algorithm")
+            sock.setsockopt(s.IPPROTO_IP, s.IP_TOS, 16)
+            print(sock.getsockopt(s.SOL_SOCKET, s.SO_ERROR), sock.getsockopt(s.SOL_SOCKET, s.SO_TYPE))
+    """
+    server = net.server(
+        textwrap.dedent(questions)
+        + textwrap.dedent("""
+            import socket
+            server = socket.create_server(("0.0.0.0", 7001))
+            print("listening")
+            sock, address = server.accept()
+            ask(sock)
+            assert address == sock.getpeername()
+            print(address[1])
+            sock.recv(1)
+        """)
+    )
+    client = net.python(
+        "left",
+        textwrap.dedent(questions)
+        + textwrap.dedent(f"""
+            import socket
+            sock = socket.create_connection(("{Bridge.right_address}", 7001), 20)
+            ask(sock)
+            print(sock.getsockname()[1])
+        """),
+    )
+    here, there = Bridge.left_address, Bridge.right_address
+    same = ["2 6", "1 77", "1 True", "no such algorithm", "0 1"]
+    assert [client.line() for _ in range(6)] == [f"{here} {there} AF_INET", *same]
+    assert [server.line() for _ in range(6)] == [f"{there} {here} AF_INET", *same]
+    assert server.line() == client.line()
+    assert server.end()[0] == 0
+    assert net.fallbacks() == {}
+
+
+def test_one_listener_serves_both_kinds(net: Net) -> None:
+    server = net.server(port=7002)
+    for run in (True, False, True):
+        talk = net.python("left", TALK.format(to=Bridge.right_address, port=7002), run=run)
+        assert talk.line() == f"path socket {Bridge.right_address}"
+        assert server.line().startswith(f"AF_INET {Bridge.left_address} ")
+        assert talk.end()[0] == 0
+    assert net.broker.ask("status", domain="a")["domain"]["traffic"]["socket"]["connections"] >= 2
+
+
+def test_ipv6(net: Net) -> None:
+    for side, address in (("left", "fd00:77::1"), ("right", "fd00:77::2")):
+        net.output(side, "ip", "address", "replace", f"{address}/64", "dev", "eth0", "nodad", run=False)
+    server = net.server("""
+        import socket
+        server = socket.create_server(("::", 7003), family=socket.AF_INET6, dualstack_ipv6=True)
+        print("listening")
+        for _ in range(2):
+            sock, address = server.accept()
+            print(sock.family.name, address[0], sock.getsockname()[0])
+            sock.sendall(sock.recv(5))
+            sock.recv(1)
+    """)
+    becomes(lambda: net.broker.ask("status", domain="b")["domain"]["ports"])
+    for to, seen in (
+        ("fd00:77::2", "fd00:77::1 fd00:77::2"),
+        (Bridge.right_address, f"::ffff:{Bridge.left_address} ::ffff:{Bridge.right_address}"),
+    ):
+        client = net.python("left", TALK.format(to=to, port=7003))
+        assert client.line() == f"path socket {to}"
+        assert server.line() == f"AF_INET6 {seen}"
+        client.end()
+    assert net.fallbacks() == {}
+
+
+def test_who_is_not_supervised_is_reached_as_ever(net: Net) -> None:
+    net.server(port=7004, run=False)
+    client = net.python("left", TALK.format(to=Bridge.right_address, port=7004))
+    assert client.line() == f"path socket {Bridge.right_address}"
+    assert client.end()[0] == 0
+    becomes(lambda: any("nobody listens there" in why for why in net.fallbacks()))
+
+
+def test_require_refuses_and_says_why(net: Net) -> None:
+    net.server(port=7005, run=False)
+    client = net.python(
+        "left", TALK.format(to=Bridge.right_address, port=7005), options="--require --verbose"
+    )
+    code, _, err = client.end()
+    assert code == 1
+    assert "ConnectionRefusedError" in err
+    assert f"connect to {Bridge.right_address}:7005" in err
+    assert "refused: b:7005: nobody listens there" in err
+
+
+def test_a_socket_that_waits_in_an_event_poll_before_it_is_connected(net: Net) -> None:
+    """As nginx does with its upstreams: registered first, edge-triggered, connected then."""
+    server = net.server(port=7006)
+    client = net.python(
+        "left",
+        f"""
+        import select, socket
+        poll = select.epoll()
+        sock = socket.socket()
+        sock.setblocking(False)
+        other = socket.socketpair()
+        poll.register(other[0], select.EPOLLIN)
+        poll.register(sock, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET | select.EPOLLRDHUP)
+        poll.poll(0)
+        print(sock.connect_ex(("{Bridge.right_address}", 7006)))
+        assert poll.poll(20) == [(sock.fileno(), select.EPOLLOUT)]
+        sock.send(b"x")
+        # That there is room again may be heard first.
+        while not dict(poll.poll(20))[sock.fileno()] & select.EPOLLIN:
+            pass
+        assert sock.recv(9) == b"x"
+        poll.modify(sock, select.EPOLLOUT)
+        assert poll.poll(20) == [(sock.fileno(), select.EPOLLOUT)]
+        poll.unregister(sock)
+        assert poll.poll(0) == []
+        print("done")
+        """,
+    )
+    assert client.line() == "0"
+    server.line()
+    assert client.line() == "done"
+    assert net.fallbacks() == {}
+
+
+def test_threads_that_connect_at_once_and_descriptors_that_are_used_again(net: Net) -> None:
+    net.server(port=7007)
+    client = net.python(
+        "left",
+        f"""
+        import os, socket, threading
+        def talk(n):
+            for turn in range(50):
+                with socket.create_connection(("{Bridge.right_address}", 7007), 20) as sock:
+                    text = f"{{n}} {{turn}}".encode()
+                    sock.sendall(text)
+                    assert sock.recv(100) == text
+        before = len(os.listdir("/proc/self/fd"))
+        threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert len(os.listdir("/proc/self/fd")) == before
+        print("done")
+        """,
+    )
+    assert client.line() == "done"
+    assert net.fallbacks() == {}
+    becomes(lambda: not net.connections("a") and not net.connections("b"))
+
+
+def test_a_server_that_forks_and_one_that_hands_its_listener_down(net: Net) -> None:
+    server = net.server("""
+        import os, socket
+        server = socket.create_server(("0.0.0.0", 7008))
+        for _ in range(3):
+            if os.fork() == 0:
+                while True:
+                    sock, _ = server.accept()
+                    sock.sendall(b"%d" % os.getpid())
+                    sock.close()
+        print("listening")
+        os.wait()
+    """)
+    client = net.python(
+        "left",
+        f"""
+        import socket
+        for _ in range(30):
+            with socket.create_connection(("{Bridge.right_address}", 7008), 20) as sock:
+                print(sock.recv(100).decode())
+        """,
+    )
+    assert len({client.line() for _ in range(30)}) >= 1
+    assert client.end()[0] == 0
+    assert net.fallbacks() == {}
+    server.stop()
+
+
+def test_the_dead_supervisor_of_a_client_and_of_a_server(net: Net) -> None:
+    """What is open lives on; what is new takes the network; nothing waits for ever."""
+    server = net.server(port=7009)
+    client = net.python(
+        "left",
+        f"""
+        import os, socket, time
+        def talk(sock):
+            sock.sendall(b"hello")
+            assert sock.recv(5) == b"hello"
+        first = socket.create_connection(("{Bridge.right_address}", 7009), 20)
+        talk(first)
+        print(os.getppid())
+        while True:
+            talk(first)
+            with socket.create_connection(("{Bridge.right_address}", 7009), 20) as second:
+                talk(second)
+            print("again")
+            time.sleep(0.05)
+        """,
+    )
+    supervisor = int(client.line())
+    server.line()
+    assert client.line() == "again"
+    os.kill(supervisor, signal.SIGKILL)
+    for _ in range(5):
+        assert client.line() == "again"
+    client.stop()
+    # Its program sits in `accept`, which the supervisor has taken.
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    talk = net.python("left", TALK.format(to=Bridge.right_address, port=7009))
+    assert talk.line() == f"path socket {Bridge.right_address}"
+    assert talk.end()[0] == 0
+
+
+def test_a_broker_that_is_gone_and_comes_back(net: Net) -> None:
+    net.server(port=7010)
+    client = net.python(
+        "left",
+        f"""
+        import socket, time
+        first = socket.create_connection(("{Bridge.right_address}", 7010), 20)
+        for _ in range(1_000_000):
+            for sock in (first, socket.create_connection(("{Bridge.right_address}", 7010), 20)):
+                sock.sendall(b"hello")
+                assert sock.recv(5) == b"hello"
+            print("again")
+            time.sleep(0.02)
+        """,
+    )
+    assert client.line() == "again"
+    number = {c["connection"] for c in net.connections()}
+    net.broker.kill()
+    for _ in range(5):
+        assert client.line() == "again"
+    net.broker.start()
+    # The old connection is known again, and new ones are exchanged again.
+    becomes(lambda: number & {c["connection"] for c in net.connections()})
+    becomes(lambda: client.line() and exchanged(net) >= 2)
+    becomes(lambda: any("no broker answers" in why or "went away" in why for why in net.fallbacks()))
+
+
+def test_a_rule_that_forbids_what_is_open(net: Net) -> None:
+    net.server(port=7011)
+    client = net.python(
+        "left",
+        f"""
+        import socket
+        sock = socket.create_connection(("{Bridge.right_address}", 7011), 20)
+        print("connected")
+        print(sock.recv(1))
+        """,
+    )
+    assert client.line() == "connected"
+    assert exchanged(net) == 1
+    try:
+        net.broker.policy_file.write_text(
+            POLICY + '[[rule]]\nfrom = "*"\nto = "*"\naction = "accept"\nports = 1\n'
+        )
+        assert net.broker.ask("reload")["cut"] == 1
+        assert client.line() == "b''"
+    finally:
+        net.broker.policy_file.write_text(POLICY)
+        net.broker.ask("reload")
+
+
+def test_an_address_that_is_not_where_the_directory_says(net: Net) -> None:
+    """The directory is wrong: the listener's network does not have the address. The handshake finds out."""
+    net.server(port=7012, run=False)
+    wrong = POLICY.replace('name = "c"', f'name = "c"\naddresses = "{Bridge.right_address}"').replace(
+        f'"{Bridge.right_address}", "fd00:77::2"', '"fd00:77::2"'
+    )
+    try:
+        net.broker.policy_file.write_text(wrong)
+        net.broker.ask("reload")
+        impostor = net.python("left", ECHO.format(port=7012), door="c")
+        assert impostor.line() == "listening"
+        client = net.python("left", TALK.format(to=Bridge.right_address, port=7012))
+        assert client.line() == f"path socket {Bridge.right_address}"
+        becomes(lambda: any("does not have this address" in why for why in net.fallbacks()))
+        assert exchanged(net) == 0
+    finally:
+        net.broker.policy_file.write_text(POLICY)
+        net.broker.ask("reload")
+
+
+def test_it_ends_as_the_program_ends(net: Net, tmp_path: Path) -> None:
+    assert net.start("left", "true").end()[0] == 0
+    assert net.start("left", "sh", "-c", "exit 7").end()[0] == 7
+    assert net.start("left", "sh", "-c", "kill -KILL $$").end()[0] == -signal.SIGKILL
+    code, _, err = net.start("left", "/no/such/program").end()
+    assert (code, err) == (127, "isthmus: /no/such/program: No such file or directory\n")
+    assert net.start("left", str(tmp_path)).end()[0] == 126
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        program = net.python(
+            "left",
+            f"""
+            import signal, time
+            def hear(number, frame):
+                print("heard", number)
+                raise SystemExit(3)
+            signal.signal({number}, hear)
+            print("ready")
+            time.sleep(60)
+            """,
+        )
+        assert program.line() == "ready"
+        program.process.send_signal(number)
+        assert program.line() == f"heard {int(number)}"
+        assert program.end()[0] == 3
+
+
+def test_what_the_program_leaves_behind_is_supervised_on(net: Net) -> None:
+    """A daemon: the command returns, its output ends, and the daemon is reached directly."""
+    server = net.python(
+        "right",
+        """
+        import os, socket
+        server = socket.create_server(("0.0.0.0", 7013))
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        for _ in range(2):
+            sock, _ = server.accept()
+            sock.sendall(sock.recv(5))
+            sock.recv(1)
+        """,
+    )
+    assert server.end() == (0, "", "")
+    for _ in range(2):
+        client = net.python("left", TALK.format(to=Bridge.right_address, port=7013))
+        assert client.line().startswith("path socket")
+        client.end()
+    assert net.fallbacks() == {}
+    becomes(lambda: not net.broker.ask("status", domain="b")["domain"]["programs"])
+
+
+def test_a_killed_front_takes_the_program_along(net: Net) -> None:
+    program = net.python("left", "import os, time; print(os.getpid()); time.sleep(60)")
+    pid = int(program.line())
+    program.process.kill()
+    becomes(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_a_blocked_accept_hears_signals_and_limits(net: Net) -> None:
+    server = net.server("""
+        import signal, socket, time
+        server = socket.create_server(("0.0.0.0", 7014))
+        print("listening")
+        signal.signal(signal.SIGALRM, lambda *_: print("alarm"))
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        server.settimeout(None)
+        sock, _ = server.accept()
+        print("accepted", sock.recv(5))
+        import struct
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 100_000))
+        try:
+            server.accept()
+        except BlockingIOError:
+            print("nobody")
+    """)
+    assert server.line() == "alarm"
+    client = net.python("left", TALK.format(to=Bridge.right_address, port=7014))
+    assert server.line() == "accepted b'hello'"
+    assert server.line() == "nobody"
+    client.end()
+
+
+def test_without_any_broker(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "isthmus",
+                "run",
+                "--door",
+                str(tmp_path / "no"),
+                "--",
+                sys.executable,
+                "-c",
+                code,
+            ],
+            timeout=LIMIT_S,
+            check=False,
+        )
+        assert done.returncode == 0
