@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 /// Longest address we look at, bytes.
 pub const ADDRESS_MAX: usize = 28;
+/// In the place of an address that nobody knows: one that is nobody's (RFC 7600).
+pub const NOBODYS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8));
 const V4: usize = 16;
 /// Without the scope, as some programs pass it.
 const V6_SHORT: usize = 24;

@@ -12,7 +12,7 @@ use isthmus_sys::inet::{self, Kind};
 use isthmus_sys::seccomp::{self, Answer, Call, Place};
 use isthmus_wire::control::SocketKind;
 
-use crate::address::{canonical, may_be_a_neighbour};
+use crate::address::{NOBODYS, canonical, may_be_a_neighbour};
 use crate::epoll;
 use crate::supervisor::{ANSWER_LIMIT, Exchanged, State, Supervisor, Verdict};
 use crate::target::{self, Descriptor};
@@ -91,18 +91,20 @@ impl Supervisor {
         let Some(node) = self.node() else { return Err("no broker answers".into()) };
         let bound = inet::local_address(socket.as_fd()).ok().map(canonical);
         let ip = match bound.filter(|bound| !bound.ip().is_unspecified()) {
-            Some(bound) => bound.ip(),
-            None => inet::source_towards(destination).map_err(|error| format!("no way there: {error}"))?,
+            Some(bound) => Some(bound.ip()),
+            // No way there is no obstacle: the broker knows an address of this domain.
+            None => inet::source_towards(destination).ok(),
         };
         let port = bound.map(|bound| bound.port()).filter(|port| *port != 0);
-        let source = SocketAddr::new(ip, port.unwrap_or_else(|| next_port(&mut state)));
+        let port = port.unwrap_or_else(|| next_port(&mut state));
         let request = SocketRequest {
             to: destination.ip().to_string(),
             port: destination.port().into(),
             kind: SocketKind::Stream,
-            source: source.ip().to_string(),
-            source_port: source.port().into(),
+            source: ip.map(|ip| ip.to_string()).unwrap_or_default(),
+            source_port: port.into(),
         };
+        let source = SocketAddr::new(ip.unwrap_or(NOBODYS), port);
         Ok((Arc::clone(node), request, source))
     }
 

@@ -14,15 +14,12 @@ use isthmus_sys::inet::{self, Kind};
 use isthmus_sys::seccomp::{self, Answer, Call, Place};
 use isthmus_wire::control::Refusal;
 
-use crate::address::{self, canonical};
+use crate::address::{self, NOBODYS, canonical};
 use crate::supervisor::{ANSWER_LIMIT, Exchanged, Supervisor, TOKEN_FIRST, Verdict};
 use crate::target;
 
 /// A knock crosses no wire. One that takes longer waits for room in the listener's backlog.
 const KNOCK_LIMIT: Duration = Duration::from_millis(3);
-/// Where a neighbour comes from whose address nobody knows: an address that is nobody's (RFC 7600).
-const NOBODYS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8));
-
 /// A listening TCP socket of a supervised program.
 pub(crate) struct Listener {
     pub address: SocketAddr,
