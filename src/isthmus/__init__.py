@@ -5,7 +5,8 @@
     sock.path, sock.why                                    # which way the bytes go, and why
 
 A `Socket` behaves like `socket.socket`; `isthmus.aio` has awaitable connections that cost less than asyncio's
-streams; `isthmus.errors` has everything that can go wrong, by name.
+streams; `kernel_socket` is for whoever insists on a descriptor of the kernel's; `isthmus.errors` has
+everything that can go wrong, by name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from isthmus import aio, errors, views
+    from isthmus.kernel import kernel_server, kernel_socket
     from isthmus.node import Node, attach
     from isthmus.sockets import Socket, Stats, create_connection, create_server
 
@@ -32,6 +34,8 @@ __all__ = [  # noqa: RUF022  # in reading order
     "create_server",
     "Socket",
     "Stats",
+    "kernel_socket",
+    "kernel_server",
     "aio",
     "views",
     "errors",
@@ -47,6 +51,8 @@ _WHERE = {
     "create_server": "isthmus.sockets",
     "Socket": "isthmus.sockets",
     "Stats": "isthmus.sockets",
+    "kernel_socket": "isthmus.kernel",
+    "kernel_server": "isthmus.kernel",
     "aio": "isthmus.aio",
     "views": "isthmus.views",
 }

@@ -26,6 +26,7 @@ __all__ = [
     "Connection",
     "Counters",
     "Datagram",
+    "KernelSockets",
     "Listener",
     "Living",
     "Node",
@@ -284,3 +285,18 @@ def supervise(
     calls: int, ledger: int, door: str, program: str, *, require: bool = False, verbose: bool = False
 ) -> None: ...
 def pass_calls(calls: int, ledger: int) -> None: ...
+
+@final
+class KernelSockets:
+    def __new__(cls, door: str, program: str) -> KernelSockets: ...
+    @property
+    def ours(self) -> bool: ...
+    @property
+    def guest(self) -> bool: ...
+    def connect(
+        self, to: str, port: int, kind: _Kind, *, timeout: float | None = None
+    ) -> tuple[int, dict[str, Any]]: ...
+    def listen(
+        self, port: int, kind: _Kind, backlog: int, listener: int, *, timeout: float | None = None
+    ) -> int: ...
+    def unlisten(self, port: int) -> None: ...

@@ -22,7 +22,7 @@ from isthmus import _native, errors
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DOOR_DEFAULT", "Node", "attach"]
+__all__ = ["DOOR_DEFAULT", "Node", "attach", "find_door", "program_name"]
 
 #: Where a container finds its door unless it was told otherwise: the domain's directory, mounted.
 DOOR_DEFAULT = "/run/isthmus/door/door"
@@ -37,9 +37,8 @@ class _Attachment:
     __slots__ = ("__weakref__", "door", "native")
 
     def __init__(self, door: str) -> None:
-        program = os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") or "python"
         self.door = door
-        self.native = _native.Node(door, program)
+        self.native = _native.Node(door, program_name())
 
 
 _lock = threading.Lock()
@@ -65,7 +64,19 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 atexit.register(_finish)
 
 
-def _find_door(door: str | os.PathLike[str] | None) -> str:
+def program_name() -> str:
+    """What this program calls itself."""
+    return os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") or "python"
+
+
+def find_door(door: str | os.PathLike[str] | None) -> str:
+    """The path of the door: the argument, the environment's, or the usual one.
+
+    Raises
+    ------
+    NoBroker
+        There is none, or it is another user's.
+    """
     if door is not None:
         named, whence = os.fspath(door), "the argument `door`"
     elif os.environ.get(DOOR_ENV):
@@ -218,7 +229,7 @@ def attach(door: str | os.PathLike[str] | None = None) -> Node:
         There is no door, or nobody answers behind it. Nothing was opened.
     """
     global _kept
-    path = _find_door(door)
+    path = find_door(door)
     with _lock:
         attachment = _attachments.get(path)
         if attachment is None or not attachment.native.ours:

@@ -11,6 +11,7 @@ mod errors;
 mod living;
 mod node;
 mod seat;
+mod sockets;
 mod supervisor;
 mod switch;
 
@@ -34,6 +35,8 @@ mod _native {
     use super::living::Living;
     #[pymodule_export]
     use super::seat::Seat;
+    #[pymodule_export]
+    use super::sockets::KernelSockets;
     #[pymodule_export]
     use super::supervisor::{pass_calls, spawn_supervised, supervise};
     #[pymodule_export]

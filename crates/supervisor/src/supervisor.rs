@@ -372,7 +372,7 @@ impl Host for Engine {
     fn incoming(&self, node: &Arc<Node>, visitor: Visitor) {
         let connection = visitor.brought.granted.connection;
         match self.0.visit(visitor) {
-            Ok(()) => drop(node.accept_socket(connection)),
+            Ok(()) => drop(node.accept_socket(connection, None)),
             Err(refusal) => node.refuse(connection, refusal),
         }
     }

@@ -48,6 +48,28 @@ pub fn connect_now(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// What a Unix socket's bytes are to its user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    Stream,
+    Packets,
+}
+
+/// Connect to a listening Unix socket by its file, whatever became of its name, without waiting for who listens.
+///
+/// # Errors
+/// `WouldBlock` while too many wait there already; `ConnectionRefused` if nobody listens any more.
+pub fn connect_to(file: BorrowedFd<'_>, shape: Shape) -> io::Result<OwnedFd> {
+    let kind = if shape == Shape::Stream { SocketType::STREAM } else { SocketType::SEQPACKET };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let flags = rustix::fs::fcntl_getfl(&socket)?;
+    rustix::fs::fcntl_setfl(&socket, flags - OFlags::NONBLOCK)?;
+    Ok(socket)
+}
+
 /// Two connected stream sockets, non-blocking.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::net::socketpair(

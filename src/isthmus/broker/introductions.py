@@ -227,7 +227,7 @@ class Introductions:
             attachment.send("cut", 0, connection=fields["connection"], refusal="peer-gone", text=text)
             return
         if connection.carrier == SOCKET:
-            self._broker.kernel_sockets.accepted(connection)
+            self._broker.kernel_sockets.accepted(connection, descriptors)
             return
         pending = connection.pending
         opener, accepter = connection.opener, connection.accepter

@@ -112,17 +112,25 @@ class KernelSockets:
             side.domain.sockets.add(side)
         connection.pending = Pending(request, binding, ours, 0, 0, 0, self._broker.answer_deadline())
 
-    def accepted(self, connection: Connection) -> None:
-        """The listener's program has taken its end."""
+    def accepted(self, connection: Connection, descriptors: Descriptors) -> None:
+        """The listener's program has taken its end, or brings one for the opener."""
         introductions = self._broker.introductions
         opener, accepter, pending = connection.opener, connection.accepter, connection.pending
         assert opener.attachment is not None
         assert pending is not None
+        end = pending.bell
+        if len(descriptors):
+            end = descriptors.fds[0]
+            if not _is_unix_socket(end, _TYPES[connection.kind]):
+                text = "the listener answered with what is no connected Unix socket"
+                introductions.fail_pending(connection, "peer-gone", text)
+                return
+            self._watch_only(connection, end)
         try:
             opener.attachment.send(
                 "connected-socket",
                 pending.request,
-                (pending.bell,),
+                (end,),
                 connection=connection.number,
                 to=accepter.domain.number,
                 to_name=accepter.domain.name,
@@ -152,8 +160,8 @@ class KernelSockets:
         over = side.domain.over(side.peer, 0)
         if over is not None:
             raise Refuse("limit-reached", over)
-        if not _is_unix_socket(descriptors.fds[0]):
-            raise Refuse("bad-request", "resume-socket: the descriptor is not a Unix socket")
+        if not _is_unix_socket(descriptors.fds[0], _TYPES[side.connection.kind]):
+            raise Refuse("bad-request", "resume-socket: the descriptor is not the Unix socket")
         self._watch(side, descriptors.fds[0])
         self._broker.introductions.resume(attachment, side, 0)
         side.domain.sockets.add(side)
@@ -199,6 +207,15 @@ class KernelSockets:
         if not self._armed:
             self._armed = True
             self._broker.loop.call_later(SWEEP_S, self._sweep_again)
+
+    def _watch_only(self, connection: Connection, fd: int) -> None:
+        """Nobody but the listener's kernel knows its end; both sides end with the opener's."""
+        copy = os.dup(fd)
+        try:
+            self._watch(connection.opener, fd)
+            self._watch(connection.accepter, copy)
+        finally:
+            os.close(copy)
 
     def _sweep_again(self) -> None:
         self.sweep()
@@ -248,13 +265,17 @@ def _token(side: Side) -> int:
     return side.connection.number << 1 | (side is side.connection.opener)
 
 
-def _is_unix_socket(fd: int) -> bool:
-    """Asks nothing that a stranger's file system would have to answer."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fd)) as sock:
+def _is_unix_socket(fd: int, kind: socket.SocketKind) -> bool:
+    """Whether a stranger's descriptor is one; asks nothing that its file system would have to answer."""
+    with socket.socket(socket.AF_UNIX, kind, 0, os.dup(fd)) as sock:
         try:
-            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX
+            domain, found, listens = (
+                sock.getsockopt(socket.SOL_SOCKET, option)
+                for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN)
+            )
         except OSError:
             return False
+        return domain == socket.AF_UNIX and found == kind and not listens
 
 
 def _pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:

@@ -3,14 +3,18 @@
 //! The engine only passes them on; who holds one later is not its business. So the [`Host`] keeps what a restarted
 //! broker must be shown.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 
+use isthmus_sys::packet::{self, Shape};
 use isthmus_wire::control::{ANYBODY, FEATURE_SOCKETS, Message, Refusal, SocketKind, TICKET};
 
-use super::{Answer, Attachment, Node, decode, unexpected};
+use super::{Answer, Attachment, Node, decode, unexpected, wait_for};
 use crate::error::{Error, Result};
+use crate::lock;
+use crate::wait::How;
 
 /// What a broker that was started again must be shown of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,12 +109,24 @@ impl Node {
         self.ask_then(&Message::Unbind { port, partner: ANYBODY }, &[], Box::new(drop));
     }
 
-    /// The visitor is taken in.
+    /// The visitor is taken in. With `instead`, a socket that is connected to this program already, the opener gets that
+    /// one, and the visitor's is not used.
     ///
     /// # Errors
     /// The broker is gone.
-    pub fn accept_socket(&self, connection: u64) -> Result<()> {
-        self.tell(0, &Message::Accept { connection, small: 0, large: 0 }, &[])
+    pub fn accept_socket(&self, connection: u64, instead: Option<BorrowedFd<'_>>) -> Result<()> {
+        let accept = Message::Accept { connection, small: 0, large: 0 };
+        self.tell(0, &accept, instead.as_slice())
+    }
+
+    /// As [`Node::connect_socket_then`], and wait.
+    ///
+    /// # Errors
+    /// The broker refuses, or the time ran out.
+    pub fn connect_socket(&self, request: &SocketRequest, how: &How<'_>) -> Result<Brought> {
+        let (tx, rx) = mpsc::sync_channel(1);
+        self.connect_socket_then(request, Box::new(move |result| drop(tx.send(result))));
+        wait_for(&rx, how)?
     }
 
     /// It is not.
@@ -223,4 +239,89 @@ fn brought(answer: Answer, kind: SocketKind) -> Result<Brought> {
         ticket,
     };
     Ok(Brought { socket, granted })
+}
+
+fn shape_of(kind: SocketKind) -> Shape {
+    if kind == SocketKind::Stream { Shape::Stream } else { Shape::Packets }
+}
+
+/// Kernel sockets of one program, which asks for each by itself, and has listeners that are kernel sockets too.
+#[derive(Default)]
+pub struct Ports(Mutex<HashMap<u32, Port>>);
+
+struct Port {
+    kind: SocketKind,
+    backlog: u32,
+    /// The listener's file: whoever has it can connect there, whatever its name.
+    listener: OwnedFd,
+}
+
+impl Ports {
+    /// Attach as a program of kernel sockets.
+    ///
+    /// # Errors
+    /// No broker answers at the door, or it refuses.
+    pub fn attach(door: &Path, program: &str) -> Result<(Arc<Attachment>, Arc<Self>)> {
+        let ports = Arc::new(Self::default());
+        let greeted = super::greet(door, program, FEATURE_SOCKETS)?;
+        let host: Arc<dyn Host> = Arc::clone(&ports) as _;
+        Ok((Node::start(door, program, Some(greeted), Some(host))?, ports))
+    }
+
+    /// Lease a port (0: the broker chooses) for a listening Unix socket, of which `listener` is the file (`O_PATH`).
+    ///
+    /// # Errors
+    /// As [`Node::listen`].
+    pub fn listen(
+        &self,
+        node: &Node,
+        port: u32,
+        kind: SocketKind,
+        backlog: u32,
+        listener: OwnedFd,
+        how: &How<'_>,
+    ) -> Result<u32> {
+        let answer = node.ask(&Message::Bind { port, kind, partner: ANYBODY, backlog }, how)?;
+        let Message::Bound { port } = decode(&answer.packet)? else {
+            return Err(Error::BadAnswer("not an answer to bind".into()));
+        };
+        lock(&self.0).insert(port, Port { kind, backlog, listener });
+        Ok(port)
+    }
+
+    /// Give a port back.
+    pub fn close(&self, node: &Node, port: u32) {
+        if lock(&self.0).remove(&port).is_some() {
+            node.give_back(port);
+        }
+    }
+}
+
+impl Host for Ports {
+    fn incoming(&self, node: &Arc<Node>, visitor: Visitor) {
+        let Granted { connection, port, kind, .. } = visitor.brought.granted;
+        let connected =
+            lock(&self.0).get(&port).map(|port| packet::connect_to(port.listener.as_fd(), shape_of(kind)));
+        match connected {
+            Some(Ok(socket)) => drop(node.accept_socket(connection, Some(socket.as_fd()))),
+            Some(Err(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                node.refuse(connection, Refusal::BacklogFull);
+            }
+            _ => node.refuse(connection, Refusal::NobodyListens),
+        }
+    }
+
+    fn cut(&self, _: u64, _: &str) {}
+
+    fn attached(&self, node: &Arc<Node>) {
+        let ports: Vec<_> =
+            lock(&self.0).iter().map(|(number, port)| (*number, port.kind, port.backlog)).collect();
+        for (port, kind, backlog) in ports {
+            node.ask_then(&Message::Bind { port, kind, partner: ANYBODY, backlog }, &[], Box::new(drop));
+        }
+    }
+
+    fn held(&self) -> Vec<Brought> {
+        Vec::new()
+    }
 }
