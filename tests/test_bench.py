@@ -489,3 +489,21 @@ def test_nothing_measured_is_a_failure() -> None:
     done = CliRunner().invoke(bench_group, ["connect", "--transports", "memcpy", "--clients", "asyncio"])
     assert done.exit_code == 1
     assert "nothing was measured" in done.output
+
+
+def test_unmodified_programs_are_measured_each_way(tmp_path: Path) -> None:
+    arguments = ["programs", "connect", "files", "--repeat", "1", "--seconds", "0.2", "--json"]
+    done = CliRunner().invoke(bench_group, [*arguments, "--out", str(tmp_path)])
+    if "cannot be made" in done.output or "not installed" in done.output:
+        pytest.skip(done.output)
+    assert done.exit_code == 0, done.output
+    listed = json.loads(done.stdout)
+    assert [(item["program"], item["way"]) for item in listed] == [
+        ("connect", "bridge"),
+        ("connect", "run"),
+        ("files", "bridge"),
+        ("files", "run"),
+    ]
+    assert all(item["values"][0] > 0 for item in listed)
+    assert (tmp_path / "programs.json").exists()
+    assert CliRunner().invoke(bench_group, ["programs", "pigeon"]).exit_code == 2

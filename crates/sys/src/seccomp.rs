@@ -13,6 +13,8 @@ pub struct Filter<'a> {
     pub levels: &'a [libc::c_int],
     /// (level, option) that are meant too.
     pub pairs: &'a [(libc::c_int, libc::c_int)],
+    /// (call, level, option) that succeeds at once, and does nothing.
+    pub idle: &'a [(libc::c_long, libc::c_int, libc::c_int)],
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -33,7 +35,14 @@ impl Filter<'_> {
         let load = |offset| op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
         let pass = op(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW);
         let ask = op(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_USER_NOTIF);
-        let mut program = vec![load(ARCH), equal(ARCHITECTURE, 1, 0), pass, load(NUMBER)];
+        let done = op(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO);
+        let mut program = vec![load(ARCH), equal(ARCHITECTURE, 1, 0), pass];
+        for (call, level, option) in self.idle {
+            let (call, level, option) = (*call as u32, *level as u32, *option as u32);
+            program.extend([load(NUMBER), equal(call, 0, 5), load(LEVEL), equal(level, 0, 3)]);
+            program.extend([load(OPTION), equal(option, 0, 1), done]);
+        }
+        program.push(load(NUMBER));
         for call in self.calls {
             program.extend([equal(*call as u32, 0, 1), ask]);
         }
@@ -93,6 +102,15 @@ pub fn install(program: &[libc::sock_filter]) -> io::Result<OwnedFd> {
         );
         owned(fd)
     }
+}
+
+/// Let whoever answers run where the caller ran, which then has nothing to do there: the two take turns. Since Linux 6.6.
+pub fn take_turns(listener: BorrowedFd<'_>) -> io::Result<()> {
+    const SYNC_WAKE_UP: u64 = 1;
+    // SAFETY: this request takes its flags in the place of a pointer.
+    let result =
+        unsafe { libc::ioctl(listener.as_raw_fd(), request(1, 4, size_of::<u64>()) as _, SYNC_WAKE_UP) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A call that waits.

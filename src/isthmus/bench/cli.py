@@ -193,6 +193,56 @@ def idle(connections: int, seconds: float, as_json: bool) -> None:
         raise click.ClickException("some connections did not carry a byte afterwards")
 
 
+@bench_group.command("programs")
+@click.argument("names", nargs=-1)
+@click.option(
+    "--repeat", type=click.IntRange(1, 100), default=5, show_default=True, help="Turns of each way."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.1, 60), default=2.0, show_default=True, help="Of each turn."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a plot and the records here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list of records and nothing else.")
+def programs(names: tuple[str, ...], repeat: int, seconds: float, out: Path | None, as_json: bool) -> None:
+    """Programs that know nothing of Isthmus, under `isthmus run` and over the bridge.
+
+    NAMES: redis, nginx, iperf3, connect (the time that connect takes), files (calls that are no concern of
+    ours); all that are installed by default.
+    """
+    from isthmus.bench.bridge import BridgeError
+    from isthmus.bench.plots import plot_programs
+    from isthmus.bench.programs import PROGRAMS, measure
+    from isthmus.bench.table import print_programs
+
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        records = measure(
+            names or tuple(PROGRAMS),
+            repeat=repeat,
+            seconds=seconds,
+            tell=lambda line: notes.print(line, style="dim", markup=False),
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except (BridgeError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    if not records:
+        raise click.ClickException("nothing was measured; the lines above say why")
+    if as_json:
+        click.echo(json.dumps(records))
+    else:
+        print_programs(records, Console())
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "programs.json").write_text(json.dumps(records, indent=1) + "\n")
+        try:
+            click.echo("\n".join(map(str, plot_programs(records, out))), err=as_json)
+        except ImportError as error:
+            notes.print(f"no plots: {error}; pip install 'isthmus[bench]'", markup=False)
+
+
 _add("pingpong", ("pingpong",), "One-way latency: half a round trip, median and 99th percentile.")
 _add("stream", ("stream",), "Throughput into the receiver's own buffer, and the CPU time it costs.")
 _add("pairs", ("pairs",), "Many pairs at the same time, and a ping beside them.")

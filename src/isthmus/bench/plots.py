@@ -4,15 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from isthmus.bench.records import Record
 from isthmus.bench.table import size_word
 
-__all__ = ["write_plots"]
+__all__ = ["plot_programs", "write_plots"]
 
 #: A transport keeps its colour and marker, a wait its line.
 MARKERS = "osD^vP*X<>"
 STYLES = {"spin": "-", "adaptive": "--", "block": ":"}
+
+
+def plot_programs(records: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
+    """Write one plot of what `isthmus bench programs` measured: each way, as a multiple of the bridge.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rated = [record for record in records if record["per_second"] or record["gbytes_per_s"]]
+    names = list(dict.fromkeys(record["program"] for record in rated))
+    ways = list(dict.fromkeys(record["way"] for record in rated))
+
+    def rate(name: str, way: str) -> float:
+        for record in rated:
+            if (record["program"], record["way"]) == (name, way):
+                return float(record["per_second"] or record["gbytes_per_s"])
+        return 0.0
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / max(1, len(ways))
+    for place, way in enumerate(ways):
+        heights = [rate(name, way) / rate(name, "bridge") for name in names]
+        axes.bar([x + place * width for x in range(len(names))], heights, width, label=way)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
+    axes.set_ylabel("times TCP over the bridge")
+    axes.set_title("Unmodified programs")
+    axes.legend()
+    written = [directory / f"programs.{kind}" for kind in ("png", "svg")]
+    for path in written:
+        figure.savefig(path)
+    return written
 
 
 def write_plots(records: Sequence[Record], directory: Path) -> list[Path]:

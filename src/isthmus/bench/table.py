@@ -13,7 +13,7 @@ from isthmus.bench.calm import ONE_CORE_US
 from isthmus.bench.cases import CLIENTS
 from isthmus.bench.records import Record
 
-__all__ = ["BASELINE", "print_tables", "ratio", "size_word"]
+__all__ = ["BASELINE", "print_programs", "print_tables", "ratio", "size_word"]
 
 #: The part of the machine that others may use before it is worth a word.
 FOREIGN_LOAD = 0.1
@@ -43,6 +43,31 @@ def print_tables(records: Sequence[Record], console: Console) -> None:
             console.print(build(chosen))
     for warning in _warnings(records):
         console.print(warning, style="yellow", highlight=False)
+
+
+def print_programs(records: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print what `isthmus bench programs` measured, each way beside the bridge."""
+    table = Table(title="Unmodified programs", title_justify="left")
+    for column in ("program", "way"):
+        table.add_column(column)
+    for column in ("a second", "GB/s", "p50 µs", "p99 µs", "of bridge", "busy CPUs"):
+        table.add_column(column, justify="right")
+    bridges = {record["program"]: record for record in records if record["way"] == "bridge"}
+    for record in records:
+        bridge = bridges[record["program"]]
+        main = next(name for name in ("per_second", "gbytes_per_s", "p50_us") if record[name] is not None)
+        times = record[main] / bridge[main]
+        table.add_row(
+            record["program"],
+            record["way"],
+            *(
+                "" if record[name] is None else f"{record[name]:,.{digits}f}"
+                for name, digits in (("per_second", 0), ("gbytes_per_s", 2), ("p50_us", 0), ("p99_us", 0))
+            ),
+            f"{times:.2f} x" + (" (time)" if main == "p50_us" else ""),
+            f"{record['cpu_s']:.2f}",
+        )
+    console.print(table)
 
 
 def ratio(record: Record, records: Iterable[Record], figure: str, wait: str | None = None) -> float | None:

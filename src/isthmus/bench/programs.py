@@ -1,0 +1,337 @@
+"""`isthmus bench programs`: programs that know nothing of Isthmus, over the bridge and under `isthmus run`.
+
+Stock servers and their stock load generators, in two networks joined by a bridge, three ways: TCP over the
+bridge, both under ``isthmus run``, and over a Unix socket of the file system where both programs can, which
+two containers could not have. The ways take turns, and each figure is the median of the turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.bench import machine
+from isthmus.bench.bridge import Bridge
+
+__all__ = ["PROGRAMS", "WAYS", "measure"]
+
+#: Over the bridge, under `isthmus run`, over a Unix socket.
+WAYS = ("bridge", "run", "unix")
+START_S = 20.0
+#: A client that takes this much longer than it was asked to is stuck.
+PATIENCE_S = 30.0
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A server and a client.
+
+    Attributes
+    ----------
+    needs : tuple of str
+        Programs that must be installed.
+    server : callable
+        Its words: given a directory of its own.
+    client : callable
+        Its words: given the server's address or, for ``unix``, its socket; and for how long to work, s.
+    read : callable
+        Figures from what the client printed.
+    port : int
+        Where the server listens.
+    unix : bool
+        Whether both can use a Unix socket.
+    """
+
+    needs: tuple[str, ...]
+    server: Callable[[Path], list[str]]
+    client: Callable[[str, float], list[str]]
+    read: Callable[[str], Figures]
+    port: int
+    unix: bool = False
+
+
+def _redis_server(directory: Path) -> list[str]:
+    options = "--port 6379 --bind 0.0.0.0 --protected-mode no --save"
+    return ["redis-server", *options.split(), "", "--dir", str(directory), "--unixsocket", f"{directory}/s"]
+
+
+def _redis_client(to: str, seconds: float) -> list[str]:
+    where = ["-s", to] if "/" in to else ["-h", to]
+    count = str(int(60_000 * seconds))
+    return ["redis-benchmark", *where, "--csv", "-c", "50", "-n", count, "-t", "get"]
+
+
+def _read_redis(text: str) -> Figures:
+    names, values = (re.findall(r'"([^"]*)"', line) for line in text.strip().splitlines()[-2:])
+    found = dict(zip(names, values, strict=True))
+    return {
+        "per_second": float(found["rps"]),
+        "p50_us": float(found["p50_latency_ms"]) * 1e3,
+        "p99_us": float(found["p99_latency_ms"]) * 1e3,
+    }
+
+
+def _read_iperf3(text: str) -> Figures:
+    return {"gbytes_per_s": json.loads(text)["end"]["sum_received"]["bits_per_second"] / 8e9}
+
+
+_NGINX = """
+user root;
+daemon off;
+worker_processes 1;
+pid {0}/pid;
+error_log stderr;
+events {{ worker_connections 512; }}
+http {{
+    access_log off;
+    client_body_temp_path {0}/1; proxy_temp_path {0}/2; fastcgi_temp_path {0}/3;
+    uwsgi_temp_path {0}/4; scgi_temp_path {0}/5;
+    keepalive_requests 1000000;
+    sendfile on; tcp_nopush on;
+    server {{ listen 0.0.0.0:8080; location / {{ root {0}; }} }}
+}}
+"""
+
+
+def _nginx_server(directory: Path) -> list[str]:
+    (directory / "conf").write_text(_NGINX.format(directory))
+    (directory / "page").write_bytes(b"x" * 10_000)
+    return ["nginx", "-p", str(directory), "-e", "stderr", "-c", str(directory / "conf")]
+
+
+def _wrk(to: str, seconds: float) -> list[str]:
+    duration = f"{max(1, round(seconds))}s"
+    return ["wrk", "-t", "1", "-c", "16", "-d", duration, "--latency", f"http://{to}:8080/page"]
+
+
+def _read_wrk(text: str) -> Figures:
+    units = {"us": 1.0, "ms": 1e3, "s": 1e6}
+
+    def latency(percent: int) -> float:
+        found = re.search(rf"^\s+{percent}%\s+([0-9.]+)(us|ms|s)$", text, re.MULTILINE)
+        assert found is not None, text
+        return float(found[1]) * units[found[2]]
+
+    found = re.search(r"Requests/sec:\s+([0-9.]+)", text)
+    assert found is not None, text
+    return {"per_second": float(found[1]), "p50_us": latency(50), "p99_us": latency(99)}
+
+
+_CONNECT_SERVER = """
+import socket
+server = socket.create_server(("0.0.0.0", 7100), backlog=1024)
+while True:
+    server.accept()[0].close()
+"""
+
+_CONNECT_CLIENT = """
+import socket, sys, time
+until, taken = time.perf_counter() + float(sys.argv[2]), []
+while (began := time.perf_counter()) < until:
+    with socket.socket() as sock:
+        began = time.perf_counter()
+        sock.connect((sys.argv[1], 7100))
+        taken.append((time.perf_counter() - began) * 1e6)
+    time.sleep(0.0005)
+taken.sort()
+print(taken[len(taken) // 2], taken[len(taken) * 99 // 100])
+"""
+
+
+def _read_connect(text: str) -> Figures:
+    p50, p99 = map(float, text.split())
+    return {"p50_us": p50, "p99_us": p99}
+
+
+#: What has nothing to do with connections: calls that the filter lets pass.
+_FILES = """
+import os, socket, sys, time
+ours, theirs = socket.socketpair()
+file = os.open("/dev/zero", os.O_RDONLY)
+read, write = os.pipe()
+until, count = time.perf_counter() + float(sys.argv[2]), 0
+while time.perf_counter() < until:
+    for _ in range(100):
+        os.write(write, b"x" * 100); os.read(read, 100)
+        ours.send(b"x" * 100); theirs.recv(100)
+        os.read(file, 4096); os.fstat(file)
+    count += 600
+print(count / float(sys.argv[2]))
+"""
+
+
+def _python(code: str, *words: str) -> list[str]:
+    return [sys.executable, "-c", code, *words]
+
+
+#: By name, in the order in which they run.
+PROGRAMS: dict[str, Bench] = {
+    "redis": Bench(
+        ("redis-server", "redis-benchmark"), _redis_server, _redis_client, _read_redis, 6379, unix=True
+    ),
+    "nginx": Bench(("nginx", "wrk"), _nginx_server, _wrk, _read_wrk, 8080),
+    "iperf3": Bench(
+        ("iperf3",),
+        lambda _: ["iperf3", "-s"],
+        lambda to, seconds: ["iperf3", "-c", to, "-J", "-t", str(max(1, round(seconds)))],
+        _read_iperf3,
+        5201,
+    ),
+    "connect": Bench(
+        (),
+        lambda _: _python(_CONNECT_SERVER),
+        lambda to, seconds: _python(_CONNECT_CLIENT, to, str(seconds)),
+        _read_connect,
+        7100,
+    ),
+    "files": Bench(
+        (),
+        lambda _: _python(_CONNECT_SERVER),
+        lambda to, seconds: _python(_FILES, to, str(seconds)),
+        lambda text: {"per_second": float(text)},
+        7100,
+    ),
+}
+
+_POLICY = f"""
+[[domain]]
+name = "left"
+addresses = "{Bridge.left_address}"
+
+[[domain]]
+name = "right"
+addresses = "{Bridge.right_address}"
+"""
+
+
+def measure(
+    names: Sequence[str], *, repeat: int, seconds: float, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Run each program in each way that it has, in turns.
+
+    Returns
+    -------
+    list of dict
+        ``program``, ``way``, the medians ``per_second``, ``gbytes_per_s``, ``p50_us``, ``p99_us`` (null where
+        a program has no such figure), ``cpu_s`` (processor seconds of the whole machine for each second of
+        work), ``runs``, ``values`` (of the main figure) and ``machine``.
+
+    Raises
+    ------
+    ValueError
+        A name that is none of `PROGRAMS`.
+    BridgeError
+        The networks cannot be made here.
+    RuntimeError
+        A program failed; says which, and what it printed.
+    """
+    from isthmus.testing import PrivateBroker
+
+    described = machine.describe()
+    found = []
+    if unknown := sorted(set(names) - set(PROGRAMS)):
+        raise ValueError(f"{unknown[0]}: one of {', '.join(PROGRAMS)}")
+    with PrivateBroker((), policy=_POLICY) as broker, Bridge() as bridge:
+        doors = {side: broker.door(side) for side in ("left", "right")}
+        for name in names:
+            bench = PROGRAMS[name]
+            missing = [program for program in bench.needs if shutil.which(program) is None]
+            if missing:
+                tell(f"{name}: {', '.join(missing)} is not installed")
+                continue
+            ways = [way for way in WAYS if way != "unix" or bench.unix]
+            runs: dict[str, list[Figures]] = {way: [] for way in ways}
+            for turn in range(repeat):
+                tell(f"{name}: turn {turn + 1} of {repeat}")
+                for way in ways:
+                    runs[way].append(_run(bench, way, bridge, doors, seconds))
+            found += [_record(name, way, runs[way], described) for way in ways]
+    return found
+
+
+def _record(name: str, way: str, runs: list[Figures], described: dict[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {"bench": "programs", "program": name, "way": way}
+    for figure in ("per_second", "gbytes_per_s", "p50_us", "p99_us", "cpu_s"):
+        values = [run[figure] for run in runs if figure in run]
+        record[figure] = float(f"{statistics.median(values):.6g}") if values else None
+    main = next(figure for figure in ("per_second", "gbytes_per_s", "p50_us") if record[figure] is not None)
+    record["runs"] = len(runs)
+    record["values"] = [float(f"{run[main]:.6g}") for run in runs]
+    record["machine"] = described
+    return record
+
+
+def _run(bench: Bench, way: str, bridge: Bridge, doors: dict[str, str], seconds: float) -> Figures:
+    def words(side: str, command: list[str]) -> list[str]:
+        if way != "run":
+            return [*bridge.prefix(side), *command]
+        supervised = [sys.executable, "-m", "isthmus", "run", "--door", doors[side], "--require", "--"]
+        return [*bridge.prefix(side), *supervised, *command]
+
+    with tempfile.TemporaryDirectory() as text:
+        directory = Path(text)
+        with _server(words("right", bench.server(directory))):
+            _wait_for(bridge, bench.port)
+            to = f"{directory}/s" if way == "unix" else Bridge.right_address
+            busy = machine.busy_seconds()
+            began = time.perf_counter()
+            done = subprocess.run(
+                words("left", bench.client(to, seconds)),
+                capture_output=True,
+                text=True,
+                timeout=seconds + PATIENCE_S,
+                check=False,
+            )
+            took = time.perf_counter() - began
+            busy = machine.busy_seconds() - busy
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(done.args[:12])} …: {done.stderr.strip() or done.stdout.strip()}")
+    return {**bench.read(done.stdout), "cpu_s": busy / took}
+
+
+@contextlib.contextmanager
+def _server(words: list[str]) -> Iterator[None]:
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(START_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_for(bridge: Bridge, port: int) -> None:
+    """Wait until somebody listens at the port on the right."""
+    until = time.monotonic() + START_S
+    listening = re.compile(rf"^\s*\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:0000 0A ", re.MULTILINE)
+    while True:
+        table = subprocess.run(
+            [*bridge.prefix("right"), "cat", "/proc/net/tcp", "/proc/net/tcp6"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        if listening.search(table):
+            # Whoever listens under `isthmus run` has its port a moment later.
+            time.sleep(0.1)
+            return
+        if time.monotonic() > until:
+            raise RuntimeError(f"nobody listens at port {port}")
+        time.sleep(0.02)
