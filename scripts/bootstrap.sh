@@ -153,7 +153,7 @@ flock 9
 need linker gcc libc6-dev
 ensure_cargo
 wish ip iproute2 bwrap bubblewrap unshare util-linux
-wish redis-server redis-server socat socat
+wish redis-server redis-server socat socat nginx nginx-light curl curl iperf3 iperf3 wrk wrk
 wish linux.uml user-mode-linux qemu-system-x86_64 qemu-system-x86 busybox busybox-static kernel linux-image-cloud-amd64
 ensure_venv
 if [ "${1:-}" = build ]; then build; fi
