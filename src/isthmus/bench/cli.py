@@ -208,8 +208,8 @@ def idle(connections: int, seconds: float, as_json: bool) -> None:
 def programs(names: tuple[str, ...], repeat: int, seconds: float, out: Path | None, as_json: bool) -> None:
     """Programs that know nothing of Isthmus, under `isthmus run` and over the bridge.
 
-    NAMES: redis, nginx, iperf3, connect (the time that connect takes), files (calls that are no concern of
-    ours); all that are installed by default.
+    NAMES: redis, nginx, iperf3, dask, connect (the time that connect takes), files (calls that are no concern
+    of ours); all that are installed by default.
     """
     from isthmus.bench.bridge import BridgeError
     from isthmus.bench.plots import plot_programs

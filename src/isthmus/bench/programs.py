@@ -8,6 +8,7 @@ two containers could not have. The ways take turns, and each figure is the media
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import re
 import shutil
@@ -26,8 +27,8 @@ from isthmus.bench.bridge import Bridge
 
 __all__ = ["PROGRAMS", "WAYS", "measure"]
 
-#: Over the bridge, under `isthmus run`, over a Unix socket.
-WAYS = ("bridge", "run", "unix")
+#: Over the bridge, under `isthmus run`, over a Unix socket; and with an adapter of ours, over lanes.
+WAYS = ("bridge", "run", "unix", "lanes")
 START_S = 20.0
 #: A client that takes this much longer than it was asked to is stuck.
 PATIENCE_S = 30.0
@@ -44,26 +45,30 @@ class Bench:
     needs : tuple of str
         Programs that must be installed.
     server : callable
-        Its words: given a directory of its own.
+        Its words: given a directory of its own, and the way.
     client : callable
-        Its words: given the server's address or, for ``unix``, its socket; and for how long to work, s.
+        Its words: given the server's address or, for ``unix``, its socket, or, for ``lanes``, its domain; and
+        for how long to work, s.
     read : callable
         Figures from what the client printed.
     port : int
         Where the server listens.
-    unix : bool
-        Whether both can use a Unix socket.
+    ways : tuple of str
+        Of `WAYS`: over a Unix socket where both can, over lanes where there is an adapter.
+    modules : tuple of str
+        Python's, that must be installed.
     """
 
     needs: tuple[str, ...]
-    server: Callable[[Path], list[str]]
+    server: Callable[[Path, str], list[str]]
     client: Callable[[str, float], list[str]]
     read: Callable[[str], Figures]
     port: int
-    unix: bool = False
+    ways: tuple[str, ...] = ("bridge", "run")
+    modules: tuple[str, ...] = ()
 
 
-def _redis_server(directory: Path) -> list[str]:
+def _redis_server(directory: Path, _: str) -> list[str]:
     options = "--port 6379 --bind 0.0.0.0 --protected-mode no --save"
     return ["redis-server", *options.split(), "", "--dir", str(directory), "--unixsocket", f"{directory}/s"]
 
@@ -106,7 +111,7 @@ http {{
 """
 
 
-def _nginx_server(directory: Path) -> list[str]:
+def _nginx_server(directory: Path, _: str) -> list[str]:
     (directory / "conf").write_text(_NGINX.format(directory))
     (directory / "page").write_bytes(b"x" * 10_000)
     return ["nginx", "-p", str(directory), "-e", "stderr", "-c", str(directory / "conf")]
@@ -173,36 +178,85 @@ print(count / float(sys.argv[2]))
 """
 
 
+_DASK_SERVER = """
+import asyncio, sys
+from distributed import Scheduler, Worker
+async def main():
+    where = {"protocol": "isthmus://"} if sys.argv[1] == "lanes" else {"host": "0.0.0.0"}
+    async with Scheduler(port=8786, dashboard=False, **where) as scheduler:
+        async with Worker(sys.argv[2], name="right", nthreads=1, memory_limit=0, dashboard=False):
+            await scheduler.finished()
+asyncio.run(main())
+"""
+
+#: Sixteen arrays of 64 MiB, made by one worker and needed by the other.
+_DASK_CLIENT = """
+import asyncio, sys, time
+import numpy as np
+from distributed import Client, Worker
+def make(n): return np.full(1 << 23, float(n))
+def total(arrays): return sum(array[0] for array in arrays)
+async def main():
+    async with Worker(sys.argv[1], name="left", nthreads=1, memory_limit=0, dashboard=False):
+        async with Client(sys.argv[1], asynchronous=True) as client:
+            await client.wait_for_workers(2)
+            arrays = client.map(make, range(16), workers=["right"], pure=False)
+            await asyncio.gather(*arrays)
+            began = time.perf_counter()
+            assert await client.submit(total, arrays, workers=["left"]) == sum(range(16))
+            print((1 << 30) / (time.perf_counter() - began) / 1e9)
+asyncio.run(main())
+"""
+
+
 def _python(code: str, *words: str) -> list[str]:
     return [sys.executable, "-c", code, *words]
+
+
+def _dask_address(host: str, way: str) -> str:
+    return "isthmus://right:8786" if way == "lanes" else f"tcp://{host}:8786"
 
 
 #: By name, in the order in which they run.
 PROGRAMS: dict[str, Bench] = {
     "redis": Bench(
-        ("redis-server", "redis-benchmark"), _redis_server, _redis_client, _read_redis, 6379, unix=True
+        ("redis-server", "redis-benchmark"),
+        _redis_server,
+        _redis_client,
+        _read_redis,
+        6379,
+        ("bridge", "run", "unix"),
     ),
     "nginx": Bench(("nginx", "wrk"), _nginx_server, _wrk, _read_wrk, 8080),
     "iperf3": Bench(
         ("iperf3",),
-        lambda _: ["iperf3", "-s"],
+        lambda *_: ["iperf3", "-s"],
         lambda to, seconds: ["iperf3", "-c", to, "-J", "-t", str(max(1, round(seconds)))],
         _read_iperf3,
         5201,
     ),
     "connect": Bench(
         (),
-        lambda _: _python(_CONNECT_SERVER),
+        lambda *_: _python(_CONNECT_SERVER),
         lambda to, seconds: _python(_CONNECT_CLIENT, to, str(seconds)),
         _read_connect,
         7100,
     ),
     "files": Bench(
         (),
-        lambda _: _python(_CONNECT_SERVER),
+        lambda *_: _python(_CONNECT_SERVER),
         lambda to, seconds: _python(_FILES, to, str(seconds)),
         lambda text: {"per_second": float(text)},
         7100,
+    ),
+    "dask": Bench(
+        (),
+        lambda _, way: _python(_DASK_SERVER, way, _dask_address(Bridge.right_address, way)),
+        lambda to, _: _python(_DASK_CLIENT, _dask_address(to, "lanes" if to == "right" else "bridge")),
+        lambda text: {"gbytes_per_s": float(text)},
+        8786,
+        ("bridge", "run", "lanes"),
+        modules=("distributed", "numpy"),
     ),
 }
 
@@ -249,16 +303,16 @@ def measure(
         for name in names:
             bench = PROGRAMS[name]
             missing = [program for program in bench.needs if shutil.which(program) is None]
+            missing += [module for module in bench.modules if importlib.util.find_spec(module) is None]
             if missing:
                 tell(f"{name}: {', '.join(missing)} is not installed")
                 continue
-            ways = [way for way in WAYS if way != "unix" or bench.unix]
-            runs: dict[str, list[Figures]] = {way: [] for way in ways}
+            runs: dict[str, list[Figures]] = {way: [] for way in bench.ways}
             for turn in range(repeat):
                 tell(f"{name}: turn {turn + 1} of {repeat}")
-                for way in ways:
+                for way in bench.ways:
                     runs[way].append(_run(bench, way, bridge, doors, seconds))
-            found += [_record(name, way, runs[way], described) for way in ways]
+            found += [_record(name, way, runs[way], described) for way in bench.ways]
     return found
 
 
@@ -277,15 +331,16 @@ def _record(name: str, way: str, runs: list[Figures], described: dict[str, Any])
 def _run(bench: Bench, way: str, bridge: Bridge, doors: dict[str, str], seconds: float) -> Figures:
     def words(side: str, command: list[str]) -> list[str]:
         if way != "run":
-            return [*bridge.prefix(side), *command]
+            return [*bridge.prefix(side), "env", f"ISTHMUS_DOOR={doors[side]}", *command]
         supervised = [sys.executable, "-m", "isthmus", "run", "--door", doors[side], "--require", "--"]
         return [*bridge.prefix(side), *supervised, *command]
 
     with tempfile.TemporaryDirectory() as text:
         directory = Path(text)
-        with _server(words("right", bench.server(directory))):
-            _wait_for(bridge, bench.port)
-            to = f"{directory}/s" if way == "unix" else Bridge.right_address
+        with _server(words("right", bench.server(directory, way))):
+            to = {"unix": f"{directory}/s", "lanes": "right"}.get(way, Bridge.right_address)
+            if way != "lanes":
+                _wait_for(bridge, bench.port)
             busy = machine.busy_seconds()
             began = time.perf_counter()
             done = subprocess.run(
