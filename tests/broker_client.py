@@ -90,7 +90,7 @@ class Refused(Exception):
 class Program:
     """A program attached to its domain's door. Every wait has a deadline."""
 
-    def __init__(self, door: Path, *, hello: bool = True) -> None:
+    def __init__(self, door: Path, *, hello: bool = True, features: int = 0) -> None:
         directory = os.open(door.parent, os.O_RDONLY | os.O_DIRECTORY)
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.connect(f"/proc/self/fd/{directory}/{door.name}")
@@ -100,7 +100,7 @@ class Program:
         self._waiting: list[tuple[str, int, dict[str, Any]]] = []
         self.welcome: dict[str, Any] = {}
         if hello:
-            self.welcome = self.ask("hello", features=0, program="test")[1]
+            self.welcome = self.ask("hello", features=features, program="test")[1]
 
     def __enter__(self) -> Program:
         return self

@@ -15,10 +15,12 @@ from multiprocessing import connection as multiprocessing_connection
 from pathlib import Path
 
 import pytest
+from broker_client import Program, Refused
 from conftest import LIMIT_S, becomes
 
 import isthmus
 from isthmus import errors
+from isthmus._native import FEATURE_SOCKETS
 from isthmus.testing import PrivateBroker
 
 
@@ -208,3 +210,83 @@ def test_many_come_and_go(a: isthmus.Node, b: isthmus.Node, broker: PrivateBroke
         thread.join()
         becomes(lambda: len(os.listdir("/proc/self/fd")) <= before)
         becomes(lambda: not broker.ask("status", domain="a")["domain"]["connections"])
+
+
+def program(broker: PrivateBroker, domain: str) -> Program:
+    """One that speaks to the broker by itself, and need not be honest."""
+    return Program(Path(broker.door(domain)), features=FEATURE_SOCKETS)
+
+
+def connect(opener: Program, to: str, port: int, source: str = "") -> int:
+    fields = {"to": to, "to_port": port, "kind": "stream", "source": source, "source_port": 1}
+    return opener.send("connect-socket", **fields)
+
+
+def test_what_is_no_socket_is_refused_and_not_kept(broker: PrivateBroker, tmp_path: Path) -> None:
+    """A program that answers with some file: the opener hears of it, and the broker keeps nothing."""
+    (tmp_path / "file").touch()
+    with program(broker, "b") as hostile, program(broker, "a") as opener:
+        port = hostile.bind()
+        before = len(os.listdir(f"/proc/{broker.pid}/fd"))
+        for _ in range(20):
+            request = connect(opener, "b", port)
+            incoming = hostile.next("incoming-socket")
+            for fd in incoming["fds"]:
+                os.close(fd)
+            file = os.open(tmp_path / "file", os.O_RDONLY)
+            hostile.send("accept", [file], connection=incoming["connection"], small=0, large=0)
+            assert opener.refused(request).refusal == "peer-gone"
+        becomes(lambda: len(os.listdir(f"/proc/{broker.pid}/fd")) <= before)
+        becomes(lambda: not broker.ask("status", domain="b")["domain"]["holds"]["connections"][0])
+
+
+def test_a_socket_that_is_refused_counts_until_it_is_closed(broker: PrivateBroker) -> None:
+    with program(broker, "b") as hostile, program(broker, "a") as opener:
+        port = hostile.bind()
+        kept: list[int] = []
+        for _ in range(10):
+            request = connect(opener, "b", port)
+            incoming = hostile.next("incoming-socket")
+            kept += incoming["fds"]
+            hostile.send("refuse", connection=incoming["connection"], refusal="nobody-listens")
+            assert opener.refused(request).refusal == "nobody-listens"
+
+        def held() -> int:
+            return int(broker.ask("status", domain="b")["domain"]["holds"]["connections"][0])
+
+        assert held() == 10
+        for fd in kept:
+            os.close(fd)
+        becomes(lambda: held() == 0)
+
+
+def test_an_address_of_ones_own_is_nobody_elses() -> None:
+    """Whoever may have addresses of a network cannot claim one that is another's alone, or come from it."""
+    policy = """
+        domain = [
+            {name = "a", addresses = "10.0.0.7"},
+            {name = "b", addresses = "10.0.0.0/24"},
+            {name = "c", addresses = "10.0.0.0/24"},
+        ]
+    """
+    with PrivateBroker((), policy=policy) as broker, program(broker, "c") as c:
+
+        def owner(address: str) -> str | None:
+            try:
+                return str(c.ask("resolve", name=address)[1]["name"])
+            except Refused:
+                return None
+
+        with program(broker, "b") as b:
+            assert b.ask("addresses", list="10.0.0.7 10.0.0.9 10.1.0.1")[0] == "done"
+            assert (owner("10.0.0.7"), owner("10.0.0.9"), owner("10.1.0.1")) == ("a", "b", None)
+            c.bind(80)
+            for source in ("10.0.0.7", "10.1.0.1", "nonsense"):
+                assert b.refused(connect(b, "c", 80, source)).refusal in ("wrong-address", "bad-request")
+            # Two claim it: neither has it.
+            c.ask("addresses", list="10.0.0.9")
+            assert owner("10.0.0.9") is None
+            b.ask("addresses", list="")
+            assert owner("10.0.0.9") == "c"
+            c.ask("addresses", list="")
+            assert owner("10.0.0.9") is None

@@ -499,12 +499,17 @@ def test_a_socket_that_waits_in_an_event_poll_before_it_is_connected(net: Net) -
         assert poll.poll(20) == [(sock.fileno(), select.EPOLLOUT)]
         poll.unregister(sock)
         assert poll.poll(0) == []
+        sock.close()
         print("done")
+        import time
+        time.sleep(60)
         """,
     )
     assert client.line() == "0"
     server.line()
     assert client.line() == "done"
+    # Nobody else holds it: the other side hears the end while the program goes on.
+    becomes(lambda: not net.connections("b"))
     assert net.fallbacks() == {}
 
 
@@ -751,6 +756,149 @@ def test_a_blocked_accept_hears_signals_and_limits(net: Net) -> None:
     assert server.line() == "accepted b'hello'"
     assert server.line() == "nobody"
     client.end()
+
+
+def test_an_address_of_the_other_family_hurts_nobody(net: Net) -> None:
+    """A server of IPv4 alone, and somebody who tries IPv6 first."""
+    for side, address in (("left", "fd00:77::1"), ("right", "fd00:77::2")):
+        net.output(side, "ip", "address", "replace", f"{address}/64", "dev", "eth0", "nodad", run=False)
+    net.server(port=7030)
+    code = """
+        import socket
+        try:
+            socket.create_connection(("fd00:77::2", 7030), 5)
+        except ConnectionRefusedError:
+            print("refused")
+    """
+    assert net.python("left", code).line() == "refused"
+    for run in (True, False):
+        talk = net.python("left", TALK.format(to=Bridge.right_address, port=7030), run=run)
+        assert talk.line() == f"path socket {Bridge.right_address}"
+    # And the second came past the bridge: no other reason was ever given.
+    becomes(lambda: all("nobody listens" in why for why in net.fallbacks()) and net.fallbacks())
+
+
+def test_a_listener_that_waits_for_data(net: Net) -> None:
+    """TCP_DEFER_ACCEPT, as Apache has it."""
+    server = net.server("""
+        import socket
+        server = socket.create_server(("0.0.0.0", 7031))
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
+        print("listening")
+        sock, _ = server.accept()
+        print(sock.recv(5).decode())
+        sock.sendall(b"hello")
+        sock.recv(1)
+    """)
+    client = net.python("left", TALK.format(to=Bridge.right_address, port=7031))
+    assert server.line() == "hello"
+    assert client.line().startswith("path socket")
+    assert net.fallbacks() == {}
+
+
+def test_knocks_leave_nothing_behind(net: Net) -> None:
+    """Ports of a network are not endless: none of ours waits in the kernel's tables after its end."""
+    net.server(port=7032)
+    code = f"""
+        import socket
+        for _ in range(50):
+            with socket.create_connection(("{Bridge.right_address}", 7032), 20) as sock:
+                sock.sendall(b"x")
+                assert sock.recv(1) == b"x"
+        print("done")
+    """
+    assert net.python("left", code).line() == "done"
+    left = net.output("right", "cat", "/proc/net/tcp", run=False)
+    assert [line for line in left.splitlines() if line.split()[3] == "06" and ":1B78 " in line] == []
+
+
+def test_a_listener_that_is_closed_with_somebody_in_its_queue(net: Net) -> None:
+    server = net.python(
+        "right",
+        """
+        import socket, time
+        server = socket.create_server(("0.0.0.0", 7033))
+        print("listening")
+        time.sleep(1)
+        server.close()
+        print("closed")
+        time.sleep(60)
+        """,
+    )
+    assert server.line() == "listening"
+    client = net.python(
+        "left",
+        f"""
+        import socket
+        sock = socket.create_connection(("{Bridge.right_address}", 7033), 20)
+        print("connected")
+        try:
+            print(sock.recv(1))
+        except ConnectionResetError:
+            print("reset")
+        """,
+    )
+    assert client.line() == "connected"
+    assert server.line() == "closed"
+    assert client.line() in ("b''", "reset")
+
+
+def test_an_accept_whose_listener_is_shut_down(net: Net) -> None:
+    """A common way to end the thread that accepts."""
+    server = net.server("""
+        import socket, threading, time
+        server = socket.create_server(("0.0.0.0", 7034))
+        def accept():
+            try:
+                server.accept()
+            except OSError as error:
+                print(error.strerror)
+        thread = threading.Thread(target=accept)
+        thread.start()
+        print("listening")
+        time.sleep(0.3)
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        print("joined")
+    """)
+    assert server.line() == "Invalid argument"
+    assert server.line() == "joined"
+
+
+def test_a_program_that_makes_a_ring_is_reached_over_tcp(net: Net) -> None:
+    """And whoever waits in `accept` meanwhile goes on."""
+    server = net.server("""
+        import ctypes, socket, threading
+        server = socket.create_server(("0.0.0.0", 7035))
+        def accept():
+            sock, _ = server.accept()
+            print(sock.recv(5).decode())
+            sock.sendall(b"hello")
+            sock.recv(1)
+        thread = threading.Thread(target=accept)
+        thread.start()
+        import time
+        time.sleep(0.3)
+        IO_URING_SETUP = 425
+        ctypes.CDLL(None).syscall(IO_URING_SETUP, 1, ctypes.create_string_buffer(120))
+        print("listening")
+        thread.join()
+    """)
+    client = net.python("left", TALK.format(to=Bridge.right_address, port=7035))
+    assert server.line() == "hello"
+    assert client.line().startswith("path socket")
+    becomes(lambda: any("nobody listens" in why for why in net.fallbacks()))
+
+
+def test_a_broker_that_is_stopped_holds_nobody_for_long(net: Net) -> None:
+    net.server(port=7036, run=False)
+    os.kill(net.broker.pid, signal.SIGSTOP)
+    try:
+        client = net.python("left", TALK.format(to=Bridge.right_address, port=7036))
+        assert client.line().startswith("path socket")
+        assert client.end()[0] == 0
+    finally:
+        os.kill(net.broker.pid, signal.SIGCONT)
 
 
 def test_without_any_broker(tmp_path: Path) -> None:

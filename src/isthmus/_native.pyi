@@ -50,6 +50,7 @@ __all__ = [
     "run_switch",
     "spawn_supervised",
     "supervise",
+    "unix_socket_kind",
 ]
 
 _Kind: TypeAlias = Literal["stream", "seqpacket", "datagram"]
@@ -280,6 +281,7 @@ class Living:
     def add(self, fd: int, token: int) -> None: ...
     def tokens(self) -> list[int]: ...
 
+def unix_socket_kind(fd: int) -> Literal["stream", "seqpacket"] | None: ...
 def spawn_supervised(words: list[str], unblocked: list[int]) -> tuple[int, int]: ...
 def supervise(
     calls: int, ledger: int, door: str, program: str, *, require: bool = False, verbose: bool = False

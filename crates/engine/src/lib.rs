@@ -20,6 +20,7 @@ mod wait;
 pub use connection::{Connection, Info};
 pub use error::{Error, Result};
 pub use isthmus_ring::{Dest, Source};
+pub use isthmus_sys::inet::unix_shape;
 pub use isthmus_sys::living::Living;
 pub use isthmus_sys::packet;
 pub use wait::{How, Wait};

@@ -118,7 +118,7 @@ impl Node {
     /// # Errors
     /// No broker answers there, or it refuses.
     pub fn attach(door: &Path, program: &str) -> Result<Arc<Attachment>> {
-        Self::start(door, program, Some(greet(door, program, 0)?), None)
+        Self::start(door, program, Some(greet(door, program, 0, ANSWER_LIMIT)?), None)
     }
 
     /// Start the engine's thread, with a broker or in search of one.
@@ -577,16 +577,16 @@ fn send_how(
     how(control.as_fd(), &buffer[..len], descriptors).map_err(|_| Error::BrokerLost)
 }
 
-fn greet(door: &Path, program: &str, features: u32) -> Result<(OwnedFd, Identity)> {
+fn greet(door: &Path, program: &str, features: u32, limit: Duration) -> Result<(OwnedFd, Identity)> {
     let no_broker = |source| Error::NoBroker { door: door.display().to_string(), source };
-    let control = packet::connect(door).map_err(no_broker)?;
+    let control = packet::connect(door, Some(limit)).map_err(no_broker)?;
     // A name too long for the message is cut, not refused.
     let mut end = program.len().min(200);
     while !program.is_char_boundary(end) {
         end -= 1;
     }
     send(&control, 1, &Message::Hello { features, program: &program[..end] }, &[])?;
-    let ready = isthmus_sys::poll::wait_readable(control.as_fd(), Some(ANSWER_LIMIT));
+    let ready = isthmus_sys::poll::wait_readable(control.as_fd(), Some(limit));
     if !ready.is_ok_and(|ready| ready.readable) {
         return Err(no_broker(std::io::ErrorKind::TimedOut.into()));
     }

@@ -32,7 +32,7 @@ mod _native {
     };
 
     #[pymodule_export]
-    use super::living::Living;
+    use super::living::{Living, unix_socket_kind};
     #[pymodule_export]
     use super::seat::Seat;
     #[pymodule_export]

@@ -2,7 +2,8 @@
 
 use std::os::fd::{BorrowedFd, RawFd};
 
-use isthmus_engine::Living as Inner;
+use isthmus_engine::packet::Shape;
+use isthmus_engine::{Living as Inner, unix_shape};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -32,5 +33,19 @@ impl Living {
     /// The tokens of all files that somebody still holds open.
     fn tokens(&self) -> PyResult<Vec<u64>> {
         self.0.tokens().map_err(os_error)
+    }
+}
+
+/// "stream" or "seqpacket" for a connected Unix socket, None for anything else. Asks nothing that the file system of a
+/// stranger's descriptor would have to answer.
+#[pyfunction]
+pub fn unix_socket_kind(fd: RawFd) -> Option<&'static str> {
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: used for this call only; a number that is no open descriptor has no shape.
+    match unix_shape(unsafe { BorrowedFd::borrow_raw(fd) })? {
+        Shape::Stream => Some("stream"),
+        Shape::Packets => Some("seqpacket"),
     }
 }

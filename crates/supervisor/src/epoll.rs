@@ -52,18 +52,22 @@ pub fn follow(thread: i32, fd: RawFd, inode: u64, successor: BorrowedFd<'_>) -> 
     if polls.is_empty() {
         return Ok(());
     }
-    let successor = successor.try_clone_to_owned()?;
-    let added = std::thread::Builder::new().spawn(move || add_as(fd, &successor, &polls))?;
-    added.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+    // Borrowed, not given: what the thread closed, it would close in its own table alone.
+    std::thread::scope(|scope| {
+        let added = scope.spawn(|| add_as(fd, successor, &polls));
+        added.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+    })
 }
 
-fn add_as(number: RawFd, successor: &OwnedFd, polls: &[(OwnedFd, Member)]) -> io::Result<()> {
+fn add_as(number: RawFd, successor: BorrowedFd<'_>, polls: &[(OwnedFd, Member)]) -> io::Result<()> {
     table::unshare()?;
     // Copies out of the way of the number. Until the thread ends, what it shared before lies in its table too.
-    let above = |fd: &OwnedFd| table::copy_above(fd.as_fd(), number.saturating_add(1));
+    let above = |fd: BorrowedFd<'_>| table::copy_above(fd, number.saturating_add(1));
     let successor = above(successor)?;
-    let polls =
-        polls.iter().map(|(poll, member)| Ok((above(poll)?, *member))).collect::<io::Result<Vec<_>>>()?;
+    let polls = polls
+        .iter()
+        .map(|(poll, member)| Ok((above(poll.as_fd())?, *member)))
+        .collect::<io::Result<Vec<_>>>()?;
     // SAFETY: this thread's table is its own, and only the copies above are used in it.
     let copy = unsafe { table::copy_to(successor.as_fd(), number) }?;
     for (poll, member) in &polls {

@@ -34,6 +34,13 @@ impl Fallbacks {
         self.remembered.insert(address, (Instant::now() + time, error.to_string()));
     }
 
+    /// Nobody there answered in time.
+    pub fn remember_late(&mut self, address: SocketAddr) {
+        let until = Instant::now() + Duration::from_secs(2);
+        let why = "whoever listens there did not answer in time".to_owned();
+        self.remembered.insert(crate::address::canonical(address), (until, why));
+    }
+
     /// What was learned about listeners may be over.
     pub fn forget(&mut self) {
         self.remembered.clear();

@@ -11,11 +11,12 @@ use isthmus_engine::Error;
 use isthmus_engine::node::Node;
 use isthmus_engine::node::sockets::{Brought, Visitor};
 use isthmus_sys::inet::{self, Kind};
+use isthmus_sys::poll;
 use isthmus_sys::seccomp::{self, Answer, Call, Place};
 use isthmus_wire::control::Refusal;
 
 use crate::address::{self, NOBODYS, canonical};
-use crate::supervisor::{ANSWER_LIMIT, Exchanged, Supervisor, TOKEN_FIRST, Verdict};
+use crate::supervisor::{ANSWER_LIMIT, Exchanged, Supervisor, Verdict};
 use crate::target;
 
 /// A knock crosses no wire. One that takes longer waits for room in the listener's backlog.
@@ -23,6 +24,7 @@ const KNOCK_LIMIT: Duration = Duration::from_millis(3);
 /// A listening TCP socket of a supervised program.
 pub(crate) struct Listener {
     pub address: SocketAddr,
+    v6_only: bool,
     /// What the loop calls it once somebody has waited in `accept`.
     token: Option<u64>,
 }
@@ -31,7 +33,7 @@ pub(crate) struct Listener {
 pub(crate) struct Lease {
     held: bool,
     /// `listen` calls that wait for it.
-    waiting: Vec<u64>,
+    pub waiting: Vec<u64>,
     /// Until when they do.
     pub until: Option<Instant>,
     backlog: u32,
@@ -47,7 +49,26 @@ pub(crate) enum Waiting {
 pub(crate) struct Knock {
     /// Our end; closing it would end the knock.
     _socket: OwnedFd,
-    waiting: Waiting,
+    pub waiting: Waiting,
+    /// What the loop calls it: it hears when the listener is closed.
+    pub token: u64,
+}
+
+impl Knock {
+    /// The connection that waits.
+    pub fn connection(&self) -> Option<u64> {
+        match &self.waiting {
+            Waiting::Neighbour(visitor) => Some(visitor.brought.granted.connection),
+            Waiting::Tcp(..) => None,
+        }
+    }
+
+    /// For a broker that was started again: a copy of the socket that waits.
+    pub fn brought(&self) -> Option<Brought> {
+        let Waiting::Neighbour(visitor) = &self.waiting else { return None };
+        let Brought { socket, granted } = &visitor.brought;
+        Some(Brought { socket: socket.try_clone().ok()?, granted: granted.clone() })
+    }
 }
 
 /// An `accept` that waits for somebody to come.
@@ -55,8 +76,17 @@ pub(crate) struct Accept {
     call: Call,
     flags: i32,
     /// Of the listener. We hold no copy of it: that would keep it open.
-    inode: u64,
+    pub inode: u64,
     pub until: Option<Instant>,
+}
+
+impl Listener {
+    /// Does it take who connects to this address of its network?
+    fn takes(&self, named: IpAddr) -> bool {
+        let own = self.address.ip();
+        let family = own.is_ipv4() == named.is_ipv4() || (named.is_ipv4() && !self.v6_only);
+        own == named || (own.is_unspecified() && family)
+    }
 }
 
 impl Supervisor {
@@ -77,7 +107,8 @@ impl Supervisor {
         if address.ip().is_loopback() {
             return Verdict::Is(Answer::Value(0));
         }
-        self.listens(socket.as_fd(), descriptor.inode, Listener { address, token: None });
+        let v6_only = inet::is_v6_only(socket.as_fd());
+        self.listens(socket.as_fd(), descriptor.inode, Listener { address, v6_only, token: None });
         let asks = {
             let mut state = self.state();
             let fresh = Lease {
@@ -128,6 +159,18 @@ impl Supervisor {
         }
     }
 
+    /// Ask again for ports that were refused: whoever had them may be gone, or the rules may have changed.
+    pub(crate) fn lease_again(self: &Arc<Self>, node: &Node) {
+        let ports: Vec<u16> = {
+            let state = self.state();
+            let missing = state.leases.iter().filter(|(_, lease)| !lease.held && lease.until.is_none());
+            missing.map(|(port, _)| *port).collect()
+        };
+        for port in ports {
+            self.lease(node, port);
+        }
+    }
+
     fn leased(&self, port: u16, result: Result<(), Error>) {
         let waiting = {
             let mut state = self.state();
@@ -164,22 +207,20 @@ impl Supervisor {
         let port = visitor.brought.granted.port as u16;
         let named: Option<IpAddr> = visitor.destination.parse().ok();
         let suits = |listener: &&Listener| {
-            let own = listener.address.ip();
-            listener.address.port() == port && named.is_none_or(|named| own.is_unspecified() || own == named)
+            listener.address.port() == port && named.is_none_or(|named| listener.takes(named))
         };
         let address = self.state().listeners.values().find(suits).map(|listener| listener.address);
         let address = address.ok_or(Refusal::NobodyListens)?;
         let towards = SocketAddr::new(named.unwrap_or(reachable(address).ip()), port);
         match self.knock(towards, Waiting::Neighbour(Box::new(visitor))).map_err(|error| error.kind()) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Refusal::BacklogFull),
             Err(io::ErrorKind::AddrNotAvailable) => Err(Refusal::WrongAddress),
-            Err(_) => {
-                // The listener was closed, which nobody told us of.
-                self.state().listeners.retain(|_, listener| listener.address != address);
-                self.give_back_unused(port);
+            Err(io::ErrorKind::ConnectionRefused) => {
+                // It was closed, most likely, which nobody told us of.
+                self.sweep();
                 Err(Refusal::NobodyListens)
             }
+            Ok(false) | Err(_) => Err(Refusal::BacklogFull),
         }
     }
 
@@ -202,13 +243,40 @@ impl Supervisor {
         let from = canonical(inet::local_address(socket.as_fd())?);
         // Known before it can be accepted, and without the lock while it is under way.
         let copy = socket.try_clone()?;
-        self.state().knocks.insert(from, Knock { _socket: socket, waiting });
-        let completed =
-            inet::begin(copy.as_fd(), listener).and_then(|()| inet::completed(copy.as_fd(), KNOCK_LIMIT));
-        if !matches!(completed, Ok(true)) {
-            self.state().knocks.remove(&from);
+        let token = {
+            let mut state = self.state();
+            let token = state.new_token();
+            state.knocks.insert(from, Knock { _socket: socket, waiting, token });
+            token
+        };
+        // A byte that nobody reads: some listeners want to see one, and a connection that is closed with something
+        // unread leaves no trace in the kernel's tables, which are not endless.
+        let completed = inet::begin(copy.as_fd(), listener)
+            .and_then(|()| inet::completed(copy.as_fd(), KNOCK_LIMIT))
+            .and_then(
+                |completed| if completed { inet::send_byte(copy.as_fd()).map(|()| true) } else { Ok(false) },
+            );
+        match completed {
+            // Not before: what is not connected yet counts as hung up.
+            Ok(true) => self.set.add(copy.as_fd(), token)?,
+            _ => drop(self.state().knocks.remove(&from)),
         }
         completed
+    }
+
+    /// The listener of a knock was closed, or its program is gone: so is who waited.
+    pub(crate) fn knock_over(&self, token: u64) -> bool {
+        let mut state = self.state();
+        let from = state.knocks.iter().find(|(_, knock)| knock.token == token).map(|(from, _)| *from);
+        from.is_some_and(|from| state.knocks.remove(&from).is_some())
+    }
+
+    /// Whoever waits in `accept` at what is no listener of ours any more goes on without us.
+    pub(crate) fn let_go(&self, is_meant: impl Fn(&Accept) -> bool) {
+        let meant = self.state().accepts.extract_where(is_meant);
+        for accept in meant {
+            self.answer(accept.call.id, Answer::Continue);
+        }
     }
 
     pub(crate) fn accept(&self, call: Call, flags: i32) -> Verdict {
@@ -228,12 +296,17 @@ impl Supervisor {
             return Verdict::Is(Answer::Errno(libc::EAGAIN));
         }
         let mut state = self.state();
+        // A thread waits once: what it waited for before was interrupted.
+        let before = state.accepts.extract_where(|accept| accept.call.thread == call.thread);
+        for accept in before {
+            self.answered(accept.call.id);
+        }
+        let token = state.new_token();
+        let Some(known) = state.listeners.get_mut(&inode) else { return Verdict::Untouched };
+        let watched = known.token.is_some();
+        known.token.get_or_insert(token);
         state.accepts.push(accept);
-        let token = state.next_token.max(TOKEN_FIRST);
-        let Some(known) = state.listeners.get_mut(&inode) else { return Verdict::Waits };
-        if known.token.is_none() {
-            known.token = Some(token);
-            state.next_token = token + 1;
+        if !watched {
             // It leaves the set when the program closes it, and says so if somebody is there already.
             if self.set.add_edge(listener.as_fd(), token).is_err() {
                 state.accepts.pop();
@@ -244,7 +317,10 @@ impl Supervisor {
     }
 
     /// Somebody came to a listener at which an `accept` has waited.
-    pub(crate) fn accept_ready(&self, token: u64) {
+    pub(crate) fn accept_ready(&self, token: u64, hung_up: bool) {
+        if hung_up && self.knock_over(token) {
+            return;
+        }
         let waiting: Vec<Accept> = {
             let mut state = self.state();
             let inode = state.listeners.iter().find(|(_, listener)| listener.token == Some(token));
@@ -280,7 +356,12 @@ impl Supervisor {
     /// Accept for a program. None: nobody is there.
     fn take(&self, accept: &Accept, listener: &OwnedFd) -> Option<Verdict> {
         loop {
-            if !inet::is_readable(listener.as_fd()) || !seccomp::waits(self.calls(), accept.call.id) {
+            let ready = poll::wait_readable(listener.as_fd(), Some(Duration::ZERO)).unwrap_or_default();
+            if ready.hung_up && !ready.readable {
+                // It was shut down: the kernel knows what to say.
+                return Some(Verdict::Untouched);
+            }
+            if !ready.readable || !seccomp::waits(self.calls(), accept.call.id) {
                 return None;
             }
             let (tcp, from) = match inet::accept(listener.as_fd()) {
@@ -291,7 +372,11 @@ impl Supervisor {
             };
             let knock = self.state().knocks.remove(&canonical(from));
             let waiting = match knock {
-                Some(knock) => knock.waiting,
+                Some(knock) => {
+                    // Its byte is unread: the connection is reset, and our end is not left over.
+                    drop(tcp);
+                    knock.waiting
+                }
                 None if self.options.require && !self.is_own(from) => {
                     self.state().fallbacks.count(from, true, "accept: it came over TCP");
                     continue;

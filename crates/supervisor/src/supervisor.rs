@@ -25,8 +25,8 @@ use crate::target;
 
 const TOKEN_CALLS: u64 = 0;
 const TOKEN_WAKE: u64 = 1;
-/// Of accepts that wait; each gets the next.
-pub(crate) const TOKEN_FIRST: u64 = 2;
+/// Of listeners and knocks; each gets the next.
+const TOKEN_FIRST: u64 = 2;
 /// How long the broker may take before a program goes on without it.
 pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 /// How often the broker is told of fallbacks, and of this network's addresses.
@@ -75,7 +75,7 @@ pub(crate) struct State {
     /// Our own connections to listeners, by where they come from.
     pub knocks: HashMap<SocketAddr, Knock>,
     pub accepts: Vec<Accept>,
-    pub next_token: u64,
+    next_token: u64,
     /// By inode.
     pub exchanged: HashMap<u64, Exchanged>,
     sweep_at: usize,
@@ -86,6 +86,15 @@ pub(crate) struct State {
     pub stuck: bool,
     /// A program makes rings: who accepts through them is not seen here.
     pub rings: bool,
+}
+
+impl State {
+    /// What the loop will call something.
+    pub fn new_token(&mut self) -> u64 {
+        let token = self.next_token.max(TOKEN_FIRST);
+        self.next_token = token + 1;
+        token
+    }
 }
 
 /// Supervises every program behind one filter.
@@ -151,6 +160,7 @@ impl Supervisor {
                 self.look_at_addresses();
                 if let Some(node) = self.node() {
                     self.tell_addresses(node);
+                    self.lease_again(node);
                 }
                 self.sweep();
             }
@@ -178,7 +188,7 @@ impl Supervisor {
                         self.tell_fallbacks();
                         return Ok(());
                     }
-                    token => self.accept_ready(token),
+                    token => self.accept_ready(token, ready.hung_up),
                 }
             }
             self.give_up(Instant::now());
@@ -286,7 +296,7 @@ impl Supervisor {
     }
 
     /// Forget what programs have closed.
-    fn sweep(&self) {
+    pub(crate) fn sweep(&self) {
         let Ok(living) = self.living.tokens() else { return };
         let living: HashSet<u64> = living.into_iter().collect();
         let mut state = self.state();
@@ -298,8 +308,11 @@ impl Supervisor {
         state.listeners.retain(|inode, _| living.contains(inode));
         state.sweep_at = 2 * (state.exchanged.len() + state.listeners.len());
         drop(state);
-        for address in closed {
+        for address in &closed {
             self.give_back_unused(address.port());
+        }
+        if !closed.is_empty() {
+            self.let_go(|accept| !living.contains(&accept.inode));
         }
     }
 
@@ -308,11 +321,15 @@ impl Supervisor {
             let mut state = self.state();
             let late = state.connects.iter().filter(|(_, connect)| connect.until <= now).map(|(id, _)| *id);
             let late: Vec<u64> = late.collect();
-            let late: Vec<Connect> = late.into_iter().filter_map(|id| state.connects.remove(&id)).collect();
-            state.stuck |= !late.is_empty();
-            late
+            late.into_iter().filter_map(|id| state.connects.remove(&id)).collect()
         };
+        if let (false, Some(node)) = (late.is_empty(), self.node()) {
+            // Was it the broker, or who listens there? It clears this at once, if it can.
+            self.state().stuck = true;
+            self.tell_addresses(node);
+        }
         for connect in late {
+            self.state().fallbacks.remember_late(connect.address);
             let why = format!("the broker did not answer within {} s", ANSWER_LIMIT.as_secs());
             self.settle(connect.call, Verdict::Fallback(connect.address, why));
         }
@@ -340,28 +357,39 @@ impl Supervisor {
         }
     }
 
-    fn tell_addresses(&self, node: &Node) {
+    fn tell_addresses(self: &Arc<Self>, node: &Node) {
         let own: Vec<String> = {
             let state = self.state();
             let shown = state.own.iter().filter(|ip| may_be_a_neighbour(SocketAddr::new(**ip, 1)));
             shown.take(64).map(ToString::to_string).collect()
         };
-        node.tell_addresses(&own.join(" "));
+        let supervisor = Arc::downgrade(self);
+        let then = move |answered| {
+            if let (true, Some(supervisor)) = (answered, supervisor.upgrade()) {
+                supervisor.state().stuck = false;
+            }
+        };
+        node.tell_addresses_then(&own.join(" "), Box::new(then));
     }
 
     /// What is done through a ring is not seen here: an accept there would meet a knock.
     fn ring(&self) -> Verdict {
-        let leased: Vec<u16> = {
+        let (leases, knocks) = {
             let mut state = self.state();
             state.rings = true;
             state.listeners.clear();
-            state.leases.drain().map(|(port, _)| port).collect()
+            (std::mem::take(&mut state.leases), std::mem::take(&mut state.knocks))
         };
-        if let Some(node) = self.node() {
-            for port in leased {
+        drop(knocks);
+        for (port, lease) in leases {
+            for id in lease.waiting {
+                self.answer(id, Answer::Value(0));
+            }
+            if let Some(node) = self.node() {
                 node.give_back(port.into());
             }
         }
+        self.let_go(|_| true);
         self.say(|| "a program uses io_uring: neighbours reach it over TCP".into());
         Verdict::Untouched
     }
@@ -384,6 +412,10 @@ impl Host for Engine {
         let meant = |(_, entry): &(&u64, &Exchanged)| entry.granted.connection == connection;
         let inodes: Vec<u64> = state.exchanged.iter().filter(meant).map(|(inode, _)| *inode).collect();
         drop(state);
+        self.0.state().knocks.retain(|_, knock| knock.connection() != Some(connection));
+        if inodes.is_empty() {
+            return;
+        }
         for (inode, socket) in target::find_sockets(&|inode| inodes.contains(&inode)) {
             packet::shut(socket.as_fd());
             self.0.state().exchanged.remove(&inode);
@@ -399,9 +431,10 @@ impl Host for Engine {
     }
 
     fn held(&self) -> Vec<Brought> {
+        let mut queued: Vec<Brought> = self.0.state().knocks.values().filter_map(Knock::brought).collect();
         let inodes: HashSet<u64> = self.0.state().exchanged.keys().copied().collect();
         if inodes.is_empty() {
-            return Vec::new();
+            return queued;
         }
         let sockets = target::find_sockets(&|inode| inodes.contains(&inode));
         let state = self.0.state();
@@ -409,7 +442,8 @@ impl Host for Engine {
             let granted = state.exchanged.get(&inode)?.granted.clone();
             Some(Brought { socket, granted })
         };
-        sockets.into_iter().filter_map(brought).collect()
+        queued.extend(sockets.into_iter().filter_map(brought));
+        queued
     }
 }
 

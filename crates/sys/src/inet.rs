@@ -90,10 +90,31 @@ pub fn completed(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
     }
 }
 
-/// Is there something to accept, or to read?
+/// Whether a listener takes only IPv6, not also IPv4 wrapped in it.
 #[must_use]
-pub fn is_readable(socket: BorrowedFd<'_>) -> bool {
-    super::poll::wait_readable(socket, Some(Duration::ZERO)).is_ok_and(|ready| ready.readable)
+pub fn is_v6_only(socket: BorrowedFd<'_>) -> bool {
+    sockopt::ipv6_v6only(socket).unwrap_or(false)
+}
+
+/// Send one byte, without waiting.
+pub fn send_byte(socket: BorrowedFd<'_>) -> io::Result<()> {
+    use rustix::net::SendFlags;
+    rustix::net::send(socket, &[0], SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
+    Ok(())
+}
+
+/// Is this a connected Unix socket, and of which shape? Asks nothing that another file system would have to answer.
+#[must_use]
+pub fn unix_shape(fd: BorrowedFd<'_>) -> Option<super::packet::Shape> {
+    use super::packet::Shape;
+    if sockopt::socket_domain(fd).ok()? != AddressFamily::UNIX || rustix::net::getpeername(fd).is_err() {
+        return None;
+    }
+    match sockopt::socket_type(fd).ok()? {
+        SocketType::STREAM => Some(Shape::Stream),
+        SocketType::SEQPACKET => Some(Shape::Packets),
+        _ => None,
+    }
 }
 
 /// Take a connection that waits, blocking, with where it comes from.

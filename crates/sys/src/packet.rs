@@ -16,24 +16,26 @@ use rustix::net::{
 /// Longest path that fits a socket address, bytes.
 const PATH_MAX: usize = 107;
 
-/// Connect to a listening `SOCK_SEQPACKET` socket.
+/// Connect to a listening `SOCK_SEQPACKET` socket; waits no longer than `limit` for room in its backlog.
 ///
 /// A path too long for a socket address is reached through its directory.
-pub fn connect(path: &Path) -> io::Result<OwnedFd> {
+pub fn connect(path: &Path, limit: Option<Duration>) -> io::Result<OwnedFd> {
     if path.as_os_str().len() > PATH_MAX {
         if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let directory = rustix::fs::open(parent, flags, Mode::empty())?;
             let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
             if short.as_os_str().len() <= PATH_MAX {
-                return connect(&short);
+                return connect(&short, limit);
             }
         }
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    rustix::net::sockopt::set_socket_timeout(&socket, Timeout::Send, limit)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::sockopt::set_socket_timeout(&socket, Timeout::Send, None)?;
     Ok(socket)
 }
 

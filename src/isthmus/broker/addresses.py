@@ -8,6 +8,7 @@ one domain to another without the operator. Two that claim the same address have
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -71,11 +72,11 @@ class Addresses:
         Refuse
             More than one might.
         """
-        now = self._clock()
-        claims = self._claims.get(address, {})
-        found = {a.domain for a, until in claims.items() if until > now and owns(a.domain, address)}
+        found = {d for d in self._domains() if any(_is_single(n) and address in n for n in d.addresses)}
         if not found:
-            found = {d for d in self._domains() if any(_is_single(n) and address in n for n in d.addresses)}
+            now = self._clock()
+            claims = self._claims.get(address, {})
+            found = {a.domain for a, until in claims.items() if until > now and owns(a.domain, address)}
         if len(found) > 1:
             names = " and ".join(sorted(domain.name for domain in found))
             raise Refuse("unknown-domain", f"{address}: {names} both have this address")
@@ -87,12 +88,14 @@ class Addresses:
         known = [
             address
             for address, claims in self._claims.items()
-            if any(a.domain is domain and until > now for a, until in claims.items())
+            if owns(domain, address)
+            and any(a.domain is domain and until > now for a, until in claims.items())
         ]
         single = [n.network_address for n in domain.addresses if _is_single(n)]
         return list(dict.fromkeys([*known, *single]))
 
 
+@functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Address:
     """An IP address; one of IPv4 inside IPv6 is the one of IPv4."""
     address = ipaddress.ip_address(text)

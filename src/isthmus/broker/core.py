@@ -486,7 +486,7 @@ class Broker:
     def _status(self, attachment: Attachment, request: int, fields: dict[str, Any], _: Descriptors) -> None:
         offset = fields["offset"]
         if offset == 0 or not attachment.report:
-            self.kernel_sockets.sweep()
+            self.kernel_sockets.sweep_for_tenants()
             # It costs as much as many messages, so it counts as many.
             entries = len(attachment.domain.leases) + attachment.domain.connections
             attachment.domain.tokens -= 10 + min(entries, ENTRIES_MAX) / 8

@@ -218,13 +218,13 @@ class Domain:
         if not self.pending_by_peer[peer.number]:
             del self.pending_by_peer[peer.number]
 
-    def over(self, peer: Domain, memory: int) -> str | None:
+    def over(self, peer: Domain, memory: int, lanes: int = 2) -> str | None:
         """Which limit one more connection would pass, in words, or None."""
         limits = self.limits
         for name, used, more, most in (
             ("connections", self.connections, 1, limits.connections),
             ("connections_per_peer", self.peers.get(peer.number, 0), 1, limits.connections_per_peer),
-            ("lanes", self.lanes, 2, limits.lanes),
+            ("lanes", self.lanes, lanes, limits.lanes),
             ("memory", self.memory, memory, limits.memory),
             ("pending", self.pending, 1, limits.pending),
             ("pending_per_peer", self.pending_by_peer[peer.number], 1, limits.pending_per_peer),

@@ -177,7 +177,13 @@ class Introductions:
         return port
 
     def room_for(
-        self, source: Domain, destination: Domain, binding: Binding, memory: int, rule: int
+        self,
+        source: Domain,
+        destination: Domain,
+        binding: Binding,
+        memory: int,
+        rule: int,
+        lanes: int = 2,
     ) -> Attachment:
         """The listener's program, if both domains and it have room for one more connection.
 
@@ -187,7 +193,7 @@ class Introductions:
             They have not; says which limit.
         """
         where = f"{destination.name}:{binding.port}"
-        over = source.over(destination, memory) or destination.over(source, 0)
+        over = source.over(destination, memory, lanes) or destination.over(source, 0, lanes)
         if over is not None:
             self._log_refused(source, where, f"limit reached: {over}", rule)
             raise Refuse("limit-reached", over)
@@ -311,7 +317,13 @@ class Introductions:
         connection = self.connections.get(fields["connection"])
         side = connection.side_of(attachment) if connection is not None else None
         # Unknown: it was cut while the message was under way.
-        if connection is not None and side is not None and connection.pending is None:
+        # And whose kernel socket is closed, the broker sees by itself.
+        if (
+            connection is not None
+            and side is not None
+            and connection.pending is None
+            and connection.carrier != SOCKET
+        ):
             self.end_side(side, "closed")
 
     def handle_resume(
@@ -436,7 +448,9 @@ class Introductions:
         """Nothing comes of a pending connection. If its listener answers yet, it is told by `cut`."""
         self.settle(connection)
         connection.opener.release()
-        connection.accepter.release()
+        if connection.carrier != SOCKET:
+            # The listener's program has a socket in hand; it counts until that is closed.
+            connection.accepter.release()
         self.connections.pop(connection.number, None)
 
     def fail_pending(self, connection: Connection, refusal: str, text: str, rule: int = 0) -> None:

@@ -14,7 +14,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from isthmus._native import Living
+from isthmus._native import Living, unix_socket_kind
 
 from .addresses import owns, parse
 from .answers import Refuse, shown
@@ -67,7 +67,7 @@ class KernelSockets:
                 decision.rule,
             )
         source_address = self._source_address(source, fields["source"])
-        listener = introductions.room_for(source, destination, binding, 0, decision.rule)
+        listener = introductions.room_for(source, destination, binding, 0, decision.rule, lanes=0)
         connection = Connection(
             introductions.new_number(),
             kind,
@@ -104,6 +104,8 @@ class KernelSockets:
             self._watch(connection.opener, ours)
         except BaseException:
             os.close(ours)
+            for side in (connection.opener, connection.accepter):
+                self._sides.pop(_token(side), None)
             raise
         finally:
             os.close(theirs)
@@ -121,7 +123,7 @@ class KernelSockets:
         end = pending.bell
         if len(descriptors):
             end = descriptors.fds[0]
-            if not _is_unix_socket(end, _TYPES[connection.kind]):
+            if unix_socket_kind(end) != connection.kind:
                 text = "the listener answered with what is no connected Unix socket"
                 introductions.fail_pending(connection, "peer-gone", text)
                 return
@@ -157,10 +159,10 @@ class KernelSockets:
             side.belong_to(attachment)
             attachment.send("done", request)
             return
-        over = side.domain.over(side.peer, 0)
+        over = side.domain.over(side.peer, 0, 0)
         if over is not None:
             raise Refuse("limit-reached", over)
-        if not _is_unix_socket(descriptors.fds[0], _TYPES[side.connection.kind]):
+        if unix_socket_kind(descriptors.fds[0]) != side.connection.kind:
             raise Refuse("bad-request", "resume-socket: the descriptor is not the Unix socket")
         self._watch(side, descriptors.fds[0])
         self._broker.introductions.resume(attachment, side, 0)
@@ -172,7 +174,8 @@ class KernelSockets:
     ) -> None:
         """For the operator: a program took the ordinary network, or was refused it."""
         known = attachment.domain.fallbacks
-        key = (str(fields["to"])[:64], fields["to_port"], bool(fields["refused"]), str(fields["why"])[:300])
+        to, why = _printable(fields["to"], 64), _printable(fields["why"], 300)
+        key = (to, fields["to_port"], bool(fields["refused"]), why)
         # Taken out and put back, so that the newest are last.
         entry = known.pop(key, None) or Fallback()
         entry.count += fields["count"]
@@ -191,15 +194,25 @@ class KernelSockets:
         """Look which ends still exist, and end the sides of those that do not."""
         if not self._sides:
             return
+        began = self._broker.loop.time()
+        connections = self._broker.introductions.connections
         living = set(self._living.tokens())
         for token in [token for token in self._sides if token not in living]:
-            side = self._sides.pop(token)
-            if side.held and side.connection.pending is None:
+            side = self._sides[token]
+            if side.connection.pending is not None:
+                continue
+            del self._sides[token]
+            if side.connection.number not in connections:
+                side.release()
+            elif side.held:
                 self._broker.introductions.end_side(side, "closed")
+        ended = self._broker.loop.time()
+        self._rest_until = ended + REST * (ended - began)
 
-    def release(self, side: Side) -> None:
-        """The side ended in another way."""
-        self._sides.pop(_token(side), None)
+    def sweep_for_tenants(self) -> None:
+        """The same, but no tenant can make us do it all the time."""
+        if self._broker.loop.time() >= self._rest_until:
+            self.sweep()
 
     def _watch(self, side: Side, fd: int) -> None:
         self._living.add(fd, _token(side))
@@ -224,13 +237,9 @@ class KernelSockets:
             self._broker.loop.call_later(SWEEP_S, self._sweep_again)
 
     def _sweep_at_limits(self, source: Domain, destination: Domain) -> None:
-        """Nobody meets a limit because of connections that are over, or makes us look all the time."""
-        now = self._broker.loop.time()
-        if now < self._rest_until or not (source.over(destination, 0) or destination.over(source, 0)):
-            return
-        self.sweep()
-        after = self._broker.loop.time()
-        self._rest_until = after + REST * (after - now)
+        """Nobody meets a limit because of connections that are over."""
+        if source.over(destination, 0, 0) or destination.over(source, 0, 0):
+            self.sweep_for_tenants()
 
     def _source_address(self, source: Domain, text: str) -> str:
         """What the listener is told of where the connection comes from.
@@ -250,7 +259,14 @@ class KernelSockets:
             raise Refuse(
                 "wrong-address", f"the operator did not give {address} to domain {source.name} (addresses)"
             )
+        if self._broker.addresses.owner(address) not in (None, source):
+            raise Refuse("wrong-address", f"{address} is another domain's now, not {source.name}'s")
         return text
+
+
+def _printable(text: str, limit: int) -> str:
+    """A tenant's words, for the operator's terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 def _is_address(text: str) -> bool:
@@ -263,19 +279,6 @@ def _is_address(text: str) -> bool:
 
 def _token(side: Side) -> int:
     return side.connection.number << 1 | (side is side.connection.opener)
-
-
-def _is_unix_socket(fd: int, kind: socket.SocketKind) -> bool:
-    """Whether a stranger's descriptor is one; asks nothing that its file system would have to answer."""
-    with socket.socket(socket.AF_UNIX, kind, 0, os.dup(fd)) as sock:
-        try:
-            domain, found, listens = (
-                sock.getsockopt(socket.SOL_SOCKET, option)
-                for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN)
-            )
-        except OSError:
-            return False
-        return domain == socket.AF_UNIX and found == kind and not listens
 
 
 def _pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:

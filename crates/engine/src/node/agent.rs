@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use isthmus_sys::packet;
 use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 
-use super::{Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
+use super::{ANSWER_LIMIT, Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
 use crate::bell::Doorbell;
 use crate::connection::{Info, key};
 use crate::error::{Error, Result};
@@ -222,7 +222,7 @@ impl Node {
         self.lose_control();
         let mut pause = RETRY_FIRST;
         while !self.stopping.load(Ordering::Acquire) {
-            if let Ok((control, identity)) = greet(&self.door, &self.program, self.features()) {
+            if let Ok((control, identity)) = greet(&self.door, &self.program, self.features(), ANSWER_LIMIT) {
                 let control = Arc::new(control);
                 let shown = self
                     .show_what_we_hold(&control)

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use isthmus_sys::packet::{self, Shape};
 use isthmus_wire::control::{ANYBODY, FEATURE_SOCKETS, Message, Refusal, SocketKind, TICKET};
@@ -15,6 +16,9 @@ use super::{Answer, Attachment, Node, decode, unexpected, wait_for};
 use crate::error::{Error, Result};
 use crate::lock;
 use crate::wait::How;
+
+/// How long programs wait that could do without a broker; it is looked for meanwhile.
+const FIRST_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a broker that was started again must be shown of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +82,8 @@ impl Node {
     /// # Errors
     /// This process is out of descriptors or threads.
     pub fn attach_host(door: &Path, program: &str, host: Arc<dyn Host>) -> Result<Arc<Attachment>> {
-        Self::start(door, program, super::greet(door, program, FEATURE_SOCKETS).ok(), Some(host))
+        let greeted = super::greet(door, program, FEATURE_SOCKETS, FIRST_LIMIT).ok();
+        Self::start(door, program, greeted, Some(host))
     }
 
     /// Ask for a connection. `then` is called on the engine's thread.
@@ -134,9 +139,9 @@ impl Node {
         let _ = self.tell(0, &Message::Refuse { connection, refusal }, &[]);
     }
 
-    /// The IP addresses of this network, with spaces between them.
-    pub fn tell_addresses(&self, list: &str) {
-        self.ask_then(&Message::Addresses { list }, &[], Box::new(drop));
+    /// The IP addresses of this network, with spaces between them. `then` hears whether the broker answered.
+    pub fn tell_addresses_then(&self, list: &str, then: Box<dyn FnOnce(bool) + Send>) {
+        self.ask_then(&Message::Addresses { list }, &[], Box::new(move |answer| then(answer.is_ok())));
     }
 
     /// Connections took the ordinary network, or were refused it.
@@ -263,7 +268,7 @@ impl Ports {
     /// No broker answers at the door, or it refuses.
     pub fn attach(door: &Path, program: &str) -> Result<(Arc<Attachment>, Arc<Self>)> {
         let ports = Arc::new(Self::default());
-        let greeted = super::greet(door, program, FEATURE_SOCKETS)?;
+        let greeted = super::greet(door, program, FEATURE_SOCKETS, super::ANSWER_LIMIT)?;
         let host: Arc<dyn Host> = Arc::clone(&ports) as _;
         Ok((Node::start(door, program, Some(greeted), Some(host))?, ports))
     }
