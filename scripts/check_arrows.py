@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"wire", "proto", "ring", "sys"},
     "bench": {"engine", "sys"},
     "switch": {"wire", "proto", "ring", "sys", "engine"},
-    "py": {"wire", "proto", "ring", "sys", "engine", "bench", "switch"},
+    "supervisor": {"wire", "sys", "engine"},
+    "py": {"wire", "proto", "ring", "sys", "engine", "bench", "supervisor", "switch"},
 }
 
 #: The one crate that knows Python exists.
