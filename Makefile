@@ -45,6 +45,7 @@ check: build ## Formatting, lints, types, crate arrows, licences
 	@if [ -e src/isthmus/_native.pyi ]; then set -x; python -m mypy.stubtest --mypy-config-file pyproject.toml isthmus._native; fi
 	python scripts/check_arrows.py
 	python scripts/check_licences.py
+	python scripts/compatibility.py --check
 
 bench: build ## Us and what you use today, side by side; tables and plots in out/bench
 	isthmus bench all --out out/bench

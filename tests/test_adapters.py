@@ -82,6 +82,12 @@ def web(request: pytest.FixtureRequest, broker: PrivateBroker) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.program(
+    "requests",
+    "requests",
+    "adapter",
+    "sessions, kept connections, posts, errors; urllib3's pools",
+)
 def test_urllib3_and_requests(web: str) -> None:
     requests = pytest.importorskip("requests")
     from isthmus.adapters.urllib3 import Adapter, PoolManager
@@ -98,6 +104,12 @@ def test_urllib3_and_requests(web: str) -> None:
             session.get("http://b:1/", timeout=LIMIT_S)
 
 
+@pytest.mark.program(
+    "httpx",
+    "httpx",
+    "adapter",
+    "clients, streams, errors",
+)
 def test_httpx(web: str) -> None:
     httpx = pytest.importorskip("httpx")
     from isthmus.adapters.httpx import Transport
@@ -112,6 +124,12 @@ def test_httpx(web: str) -> None:
             client.get("http://b:1/")
 
 
+@pytest.mark.program(
+    "httpx",
+    "httpx",
+    "adapter",
+    "clients, streams, errors",
+)
 def test_httpx_and_asyncio(web: str, request: pytest.FixtureRequest) -> None:
     httpx = pytest.importorskip("httpx")
     if "kernel" in request.node.name:
@@ -129,6 +147,12 @@ def test_httpx_and_asyncio(web: str, request: pytest.FixtureRequest) -> None:
     asyncio.run(talk())
 
 
+@pytest.mark.program(
+    "redis-py",
+    "redis",
+    "adapter",
+    "pipelines, 300 kB values, asyncio",
+)
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="redis is not installed")
 def test_redis(broker: PrivateBroker, tmp_path: Path) -> None:
     redis = pytest.importorskip("redis")
@@ -164,6 +188,12 @@ def test_redis(broker: PrivateBroker, tmp_path: Path) -> None:
             server.terminate()
 
 
+@pytest.mark.program(
+    "anyio",
+    "anyio",
+    "adapter",
+    "streams and listeners on asyncio",
+)
 def test_anyio() -> None:
     anyio = pytest.importorskip("anyio")
     from isthmus.adapters.anyio import connect, create_listener

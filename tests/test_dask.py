@@ -187,6 +187,12 @@ def test_a_local_cluster() -> None:
         assert client.gather(client.map(lambda n: n * n, range(200)))[-1] == 199 * 199
 
 
+@pytest.mark.program(
+    "Dask distributed",
+    "distributed",
+    "`isthmus://`",
+    "a stock scheduler, workers in other domains, closing, cancelling, broken messages",
+)
 @pytest.mark.timeout(180)
 def test_workers_in_other_domains(broker: PrivateBroker) -> None:
     """A scheduler in one domain, a stock `dask worker` in each of two others."""

@@ -146,6 +146,12 @@ def test_a_fork_has_sockets_of_its_own(broker: PrivateBroker, b: isthmus.Node) -
                 assert sock.recv(9) == wanted
 
 
+@pytest.mark.program(
+    "CPython ssl",
+    "python3 --version",
+    "`kernel_socket`",
+    "asyncio streams over TLS",
+)
 def test_asyncio_and_tls(a: isthmus.Node, b: isthmus.Node, tmp_path: Path) -> None:
     """Streams of asyncio over TLS: they take the descriptor away from us."""
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=b -addext subjectAltName=DNS:b"
@@ -173,6 +179,12 @@ def test_asyncio_and_tls(a: isthmus.Node, b: isthmus.Node, tmp_path: Path) -> No
     assert asyncio.run(asyncio.wait_for(talk(), LIMIT_S)) == b"SECRET\n"
 
 
+@pytest.mark.program(
+    "multiprocessing",
+    "python3 --version",
+    "`kernel_socket`, adapter",
+    "connections, with and without keys",
+)
 def test_connections_of_multiprocessing(a: isthmus.Node, b: isthmus.Node) -> None:
     with isthmus.kernel_server(0, node=b) as server, ThreadPoolExecutor(1) as pool:
 

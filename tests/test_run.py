@@ -189,6 +189,12 @@ def exchanged(net: Net, domain: str = "a") -> int:
     return sum(c["path"] == "socket" for c in net.connections(domain))
 
 
+@pytest.mark.program(
+    "Redis",
+    "redis-server --version",
+    "`isthmus run`",
+    "server and client, 3 MB values, the bridge stays quiet; TCP clients at the same time",
+)
 @needs_redis
 def test_redis_beside_the_bridge(net: Net) -> None:
     """A stock server and a stock client: their bytes do not touch the bridge."""
@@ -232,6 +238,12 @@ http {{
 """
 
 
+@pytest.mark.program(
+    "nginx",
+    "nginx -v",
+    "`isthmus run`",
+    "workers that share a listener; a proxy with kept connections to its upstream",
+)
 @pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("curl")), reason="no nginx or no curl")
 def test_nginx_serves_and_passes_on(net: Net, tmp_path: Path) -> None:
     """Workers that share a listener, and a proxy, whose upstream is in its event poll beforehand."""
@@ -260,6 +272,12 @@ def test_nginx_serves_and_passes_on(net: Net, tmp_path: Path) -> None:
     assert net.fallbacks() == {}
 
 
+@pytest.mark.program(
+    "iperf3",
+    "iperf3 --version",
+    "`isthmus run`",
+    "both directions, four streams at once",
+)
 @pytest.mark.skipif(not shutil.which("iperf3"), reason="iperf3 is not installed")
 def test_iperf3_both_ways_and_in_parallel(net: Net) -> None:
     net.start("right", "iperf3", "-s")
@@ -309,6 +327,12 @@ class Talk {
 """
 
 
+@pytest.mark.program(
+    "Java",
+    "java -version",
+    "`isthmus run`",
+    "blocking and non-blocking channels, selectors, socket options",
+)
 @pytest.mark.skipif(not shutil.which("javac"), reason="no Java")
 def test_java_with_selectors(net: Net, tmp_path: Path) -> None:
     (tmp_path / "Talk.java").write_text(JAVA)
@@ -321,6 +345,12 @@ def test_java_with_selectors(net: Net, tmp_path: Path) -> None:
     assert net.fallbacks() == {}
 
 
+@pytest.mark.program(
+    "BusyBox",
+    "busybox cat --help",
+    "`isthmus run`",
+    "statically linked: httpd and wget",
+)
 @pytest.mark.skipif(not shutil.which("busybox"), reason="busybox is not installed")
 def test_a_static_program(net: Net, tmp_path: Path) -> None:
     busybox = shutil.which("busybox") or ""
@@ -334,6 +364,12 @@ def test_a_static_program(net: Net, tmp_path: Path) -> None:
     assert net.fallbacks() == {}
 
 
+@pytest.mark.program(
+    "CPython asyncio",
+    "python3 --version",
+    "`isthmus run`",
+    "streams of 1 MB, twenty at once",
+)
 def test_asyncio_on_both_sides(net: Net) -> None:
     server = net.server("""
         import asyncio
