@@ -3,8 +3,8 @@
     python scripts/compatibility.py            writes the page
     python scripts/compatibility.py --check    says whether the page names what the tests name
 
-A test says what it proves by a mark: ``@pytest.mark.program(name, version, tier, what)``, where `version` is the
-command that prints the program's, or the name of a Python package. Versions are those of the machine on which
+A test says what it proves by a mark: ``@pytest.mark.program(name, version, tier, what)``, where `version` is
+the command that prints the program's, or the name of a Python package. Versions are those of the machine on which
 the page was written.
 """
 
