@@ -4,8 +4,8 @@
     python scripts/compatibility.py --check    says whether the page names what the tests name
 
 A test says what it proves by a mark: ``@pytest.mark.program(name, version, tier, what)``, where `version` is
-the command that prints the program's, or the name of a Python package. Versions are those of the machine on which
-the page was written.
+the command that prints the program's, or the name of a Python package. Versions are those of the machine on
+which the page was written.
 """
 
 from __future__ import annotations

@@ -250,3 +250,20 @@ def test_a_program_may_be_connected_to_itself(neighbours: PrivateBroker) -> None
     until = time.monotonic() + 20
     while node.status()["connections"]:
         assert time.monotonic() < until
+
+
+def test_a_connection_that_is_closed_at_once_ends_in_order(neighbours: PrivateBroker) -> None:
+    """Its opener has it as soon as the engine hands it over: no reset comes in the place of the end."""
+
+    async def main() -> None:
+        left, right = isthmus.attach(neighbours.door("a")), isthmus.attach(neighbours.door("b"))
+        async with await aio.listen(0, node=right) as listener:
+            for _ in range(500):
+                client = await aio.connect(("b", listener.port), node=left)
+                await client.send(b"last")
+                client.close()
+                async with await listener.accept() as server:
+                    assert await server.recv_exactly(4) == b"last"
+                    assert await server.recv(1) == b""
+
+    asyncio.run(asyncio.wait_for(main(), 60))

@@ -100,9 +100,13 @@ impl Node {
                 Python::attach(|py| {
                     let called = match result {
                         Ok(connection) => {
+                            // Before the call: it may hand the connection to another thread, which may close it.
+                            connection.claim();
                             let shown = Connection::new(Arc::clone(&connection));
                             let called = then.call1(py, (shown, py.None()));
-                            connection.claim();
+                            if called.is_err() {
+                                connection.abort();
+                            }
                             if let Some(readiness) = readiness {
                                 connection.attach_readiness(readiness);
                             }
