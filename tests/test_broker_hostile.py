@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import resource
 import socket
@@ -58,6 +59,8 @@ def descriptors_at_rest(node: Node, attached: int) -> int:
         return sum(len(d.attachments) for d in domains) == attached and not waiting
 
     eventually(at_rest)
+    # What other tests of this process have left behind may be closed at any moment.
+    gc.collect()
     return open_descriptors(node)
 
 
