@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broker_client import Program as Speaker
 from conftest import LIMIT_S, becomes
 
+from isthmus._native import FEATURE_SOCKETS
 from isthmus.bench.bridge import Bridge, BridgeError
 from isthmus.testing import PrivateBroker
 
@@ -40,10 +42,10 @@ needs_redis = pytest.mark.skipif(not shutil.which("redis-server"), reason="redis
 class Program:
     """A program that runs in a network, perhaps under `isthmus run`; its lines are read one by one."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], *, stdin: bool = False) -> None:
         self.process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -58,6 +60,11 @@ class Program:
             assert self.process.stderr is not None
             raise EOFError(self.process.stderr.read())
         return line.rstrip("\n")
+
+    def say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
     def end(self) -> tuple[int, str, str]:
         """Wait for its end: how it ended, and what it wrote that was not read."""
@@ -87,11 +94,19 @@ class Net:
         """From now on `fallbacks` counts."""
         self._before = self._fallbacks("a")
 
-    def start(self, side: str, *words: str, run: bool = True, door: str = "", options: str = "") -> Program:
+    def start(
+        self,
+        side: str,
+        *words: str,
+        run: bool = True,
+        door: str = "",
+        options: str = "",
+        stdin: bool = False,
+    ) -> Program:
         domain = door or {"left": "a", "right": "b"}[side]
         supervised = [sys.executable, "-m", "isthmus", "run", *options.split(), "--"] if run else []
         command = [*self._bridge.prefix(side), *supervised, *words]
-        program = Program(command, {"ISTHMUS_DOOR": self.broker.door(domain)})
+        program = Program(command, {"ISTHMUS_DOOR": self.broker.door(domain)}, stdin=stdin)
         self._programs.append(program)
         return program
 
@@ -574,6 +589,55 @@ def test_threads_that_connect_at_once_and_descriptors_that_are_used_again(net: N
     becomes(lambda: not net.connections("a") and not net.connections("b"))
 
 
+@pytest.mark.soak
+def test_ten_thousand_short_connections_leave_nothing(net: Net) -> None:
+    """No descriptor in the program, in either supervisor or in the broker; and no connection."""
+    server = net.server("""
+        import socket
+        server = socket.create_server(("0.0.0.0", 7040), backlog=128)
+        print("listening")
+        while True:
+            sock, _ = server.accept()
+            sock.sendall(sock.recv(1))
+            sock.close()
+    """)
+    client = net.python(
+        "left",
+        f"""
+        import os, socket
+        def talk():
+            with socket.create_connection(("{Bridge.right_address}", 7040), 20) as sock:
+                sock.sendall(b"x")
+                assert sock.recv(1) == b"x"
+        talk()
+        before = len(os.listdir("/proc/self/fd"))
+        print("begin")
+        input()
+        for _ in range(10_000):
+            talk()
+        assert len(os.listdir("/proc/self/fd")) == before
+        print("done")
+        input()
+        """,
+        stdin=True,
+    )
+    assert client.line() == "begin"
+
+    def held() -> list[int]:
+        """Descriptors of the broker and of both supervisors."""
+        fronts = [program.process.pid for program in (server, client)]
+        children = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0] for pid in fronts]
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (net.broker.pid, *children)]
+
+    becomes(lambda: not net.connections("a") and not net.connections("b"))
+    before = held()
+    client.say("go")
+    assert client.line() == "done"
+    becomes(lambda: not net.connections("a") and not net.connections("b"))
+    becomes(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
+    assert net.fallbacks() == {}
+
+
 def test_a_server_that_forks_and_one_that_hands_its_listener_down(net: Net) -> None:
     server = net.server("""
         import os, socket
@@ -924,6 +988,34 @@ def test_a_program_that_makes_a_ring_is_reached_over_tcp(net: Net) -> None:
     assert server.line() == "hello"
     assert client.line().startswith("path socket")
     becomes(lambda: any("nobody listens" in why for why in net.fallbacks()))
+
+
+def test_a_neighbour_that_never_answers_stands_in_nobodys_way(net: Net) -> None:
+    net.server(port=7037)
+    try:
+        net.broker.policy_file.write_text(POLICY.replace('name = "c"', 'name = "c"\naddresses = "10.77.0.3"'))
+        net.broker.ask("reload")
+        with Speaker(Path(net.broker.door("c")), features=FEATURE_SOCKETS) as silent:
+            silent.bind(7038)
+            client = net.python(
+                "left",
+                f"""
+                import socket
+                for _ in range(2):
+                    try:
+                        socket.create_connection(("10.77.0.3", 7038), 20)
+                    except ConnectionRefusedError:
+                        print("refused")
+                    with socket.create_connection(("{Bridge.right_address}", 7037), 20) as sock:
+                        sock.sendall(b"x")
+                        print(sock.recv(1))
+                """,
+                options="--require",
+            )
+            assert [client.line() for _ in range(4)] == ["refused", "b'x'"] * 2
+    finally:
+        net.broker.policy_file.write_text(POLICY)
+        net.broker.ask("reload")
 
 
 def test_a_broker_that_is_stopped_holds_nobody_for_long(net: Net) -> None:
