@@ -130,10 +130,9 @@ def test_httpx(web: str) -> None:
     "adapter",
     "clients, streams, errors",
 )
-def test_httpx_and_asyncio(web: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("web", ["lanes"], indirect=True)
+def test_httpx_and_asyncio(web: str) -> None:
     httpx = pytest.importorskip("httpx")
-    if "kernel" in request.node.name:
-        pytest.skip("the asyncio side takes lanes")
     from isthmus.adapters.httpx import AsyncTransport
 
     async def talk() -> None:

@@ -84,7 +84,7 @@ def run(words: list[str], door: str, *, require: bool = False, verbose: bool = F
     Raises
     ------
     NotStarted
-        It could not be executed, or this kernel has no user notification (Linux 5.9).
+        It could not be executed, or this kernel is older than Linux 5.14.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED | {signal.SIGCHLD})
     unblocked = [int(number) for number in (_PASSED | {signal.SIGCHLD}) - before]

@@ -6,19 +6,21 @@ do, lanes are tried first.
 
 from __future__ import annotations
 
+import socket
+
 import isthmus
 from isthmus import errors
 
 __all__ = ["connect"]
 
 
-def connect(host: str, port: int, timeout: float | None = None) -> isthmus.Socket:
+def connect(host: str, port: int, timeout: float | None = None) -> isthmus.Socket | socket.socket:
     """Connect to whatever listens there: over lanes, or by a kernel socket if it takes only those.
 
     Returns
     -------
-    Socket
-        Or `socket.socket`, which has all of its methods that a library can know of.
+    Socket or socket.socket
+        They have the same methods, as far as a library can know of them.
 
     Raises
     ------
@@ -27,4 +29,4 @@ def connect(host: str, port: int, timeout: float | None = None) -> isthmus.Socke
     try:
         return isthmus.create_connection((host, port), timeout)
     except errors.PathUnavailable:
-        return isthmus.kernel_socket((host, port), timeout)  # type: ignore[return-value]  # they look alike
+        return isthmus.kernel_socket((host, port), timeout)
