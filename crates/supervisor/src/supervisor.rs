@@ -84,6 +84,8 @@ pub(crate) struct State {
     pub next_port: u16,
     /// The broker did not answer in time, and has not since.
     pub stuck: bool,
+    /// It was asked whether it answers at all.
+    asked: bool,
     /// A program makes rings: who accepts through them is not seen here.
     pub rings: bool,
 }
@@ -324,8 +326,10 @@ impl Supervisor {
             late.into_iter().filter_map(|id| state.connects.remove(&id)).collect()
         };
         if let (false, Some(node)) = (late.is_empty(), self.node()) {
-            // Was it the broker, or who listens there? It clears this at once, if it can.
-            self.state().stuck = true;
+            // Was it the broker, or who listens there? If it is the broker, this question stays unanswered too.
+            let mut state = self.state();
+            state.stuck = std::mem::replace(&mut state.asked, true);
+            drop(state);
             self.tell_addresses(node);
         }
         for connect in late {
@@ -366,7 +370,8 @@ impl Supervisor {
         let supervisor = Arc::downgrade(self);
         let then = move |answered| {
             if let (true, Some(supervisor)) = (answered, supervisor.upgrade()) {
-                supervisor.state().stuck = false;
+                let mut state = supervisor.state();
+                (state.stuck, state.asked) = (false, false);
             }
         };
         node.tell_addresses_then(&own.join(" "), Box::new(then));
@@ -424,7 +429,10 @@ impl Host for Engine {
     }
 
     fn attached(&self, node: &Arc<Node>) {
-        self.0.state().stuck = false;
+        {
+            let mut state = self.0.state();
+            (state.stuck, state.asked) = (false, false);
+        }
         self.0.tell_addresses(node);
         self.0.lease_all(node);
         self.0.state().fallbacks.forget();
