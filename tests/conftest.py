@@ -8,12 +8,15 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
 import isthmus
 from isthmus.testing import PrivateBroker
+
+if TYPE_CHECKING:
+    from networks import Net
 
 DOMAINS = ("a", "b", "c", "d")
 #: What makes a broker give one carrier or the other.
@@ -134,3 +137,26 @@ def becomes(what: Callable[[], T], why: str = "it did not happen") -> T:
         assert time.monotonic() < end, why
         time.sleep(0.005)
     return found
+
+
+@pytest.fixture(scope="module")
+def networks() -> Iterator[Net]:
+    """Two networks joined by a bridge, of the domains a and b."""
+    from networks import POLICY, Net
+
+    from isthmus.bench.bridge import Bridge, BridgeError
+
+    try:
+        with PrivateBroker((), policy=POLICY) as broker, Bridge() as bridge:
+            yield Net(broker, bridge)
+    except BridgeError as error:
+        pytest.skip(f"no networks: {error}")
+
+
+@pytest.fixture
+def net(networks: Net) -> Iterator[Net]:
+    networks.begin()
+    try:
+        yield networks
+    finally:
+        networks.stop()

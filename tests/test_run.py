@@ -1,423 +1,22 @@
-"""`isthmus run`: programs that know nothing of Isthmus, in two networks joined by a bridge."""
+"""`isthmus run`: what it does to a program's connections, and what may happen to it meanwhile."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from broker_client import Program as Speaker
 from conftest import LIMIT_S, becomes
+from networks import ECHO, POLICY, TALK, Net, exchanged
 
 from isthmus._native import FEATURE_SOCKETS
-from isthmus.bench.bridge import Bridge, BridgeError
-from isthmus.testing import PrivateBroker
-
-POLICY = f"""
-[[domain]]
-name = "a"
-addresses = ["{Bridge.left_address}", "fd00:77::1"]
-
-[[domain]]
-name = "b"
-addresses = ["{Bridge.right_address}", "fd00:77::2"]
-
-[[domain]]
-name = "c"
-"""
-
-needs_redis = pytest.mark.skipif(not shutil.which("redis-server"), reason="redis is not installed")
-
-
-class Program:
-    """A program that runs in a network, perhaps under `isthmus run`; its lines are read one by one."""
-
-    def __init__(self, command: list[str], environment: dict[str, str], *, stdin: bool = False) -> None:
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            assert self.process.stderr is not None
-            raise EOFError(self.process.stderr.read())
-        return line.rstrip("\n")
-
-    def say(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait for its end: how it ended, and what it wrote that was not read."""
-        out, err = self.process.communicate(timeout=LIMIT_S)
-        return self.process.returncode, out, err
-
-    def stop(self) -> None:
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(LIMIT_S)
-        # Whatever it left behind is in its session.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-class Net:
-    """Two networks, `left` of the domain a and `right` of the domain b, and a broker."""
-
-    def __init__(self, broker: PrivateBroker, bridge: Bridge) -> None:
-        self.broker = broker
-        self._bridge = bridge
-        self._programs: list[Program] = []
-        self._before: dict[str, int] = {}
-
-    def begin(self) -> None:
-        """From now on `fallbacks` counts."""
-        self._before = self._fallbacks("a")
-
-    def start(
-        self,
-        side: str,
-        *words: str,
-        run: bool = True,
-        door: str = "",
-        options: str = "",
-        stdin: bool = False,
-    ) -> Program:
-        domain = door or {"left": "a", "right": "b"}[side]
-        supervised = [sys.executable, "-m", "isthmus", "run", *options.split(), "--"] if run else []
-        command = [*self._bridge.prefix(side), *supervised, *words]
-        program = Program(command, {"ISTHMUS_DOOR": self.broker.door(domain)}, stdin=stdin)
-        self._programs.append(program)
-        return program
-
-    def python(self, side: str, code: str, **more: Any) -> Program:
-        return self.start(side, sys.executable, "-u", "-c", textwrap.dedent(code), **more)
-
-    def output(self, side: str, *words: str, **more: Any) -> str:
-        code, out, err = self.start(side, *words, **more).end()
-        assert code == 0, err
-        return out
-
-    def server(self, code: str = "", port: int = 7000, **more: Any) -> Program:
-        """A server on the right that echoes, one connection in each thread."""
-        program = self.python("right", code or ECHO.format(port=port), **more)
-        assert program.line() == "listening"
-        return program
-
-    def connections(self, domain: str = "a") -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.broker.ask("status", domain=domain)["domain"]["connections"]
-        return found
-
-    def fallbacks(self) -> dict[str, int]:
-        """Why connections of the domain a were not exchanged in this test, and how many."""
-        found = self._fallbacks("a")
-        return {
-            why: n - self._before.get(why, 0) for why, n in found.items() if n != self._before.get(why, 0)
-        }
-
-    def _fallbacks(self, domain: str) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for entry in self.broker.ask("status", domain=domain)["domain"]["fallbacks"]:
-            found[entry["why"]] = found.get(entry["why"], 0) + entry["count"]
-        return found
-
-    def bytes_on_the_bridge(self) -> int:
-        text = subprocess.run(
-            [*self._bridge.prefix("left"), "cat", "/proc/net/dev"], capture_output=True, text=True, check=True
-        ).stdout
-        line = next(line for line in text.splitlines() if line.strip().startswith("eth0:"))
-        received, sent = line.split(":")[1].split()[0], line.split(":")[1].split()[8]
-        return int(received) + int(sent)
-
-    def stop(self) -> None:
-        for program in self._programs:
-            program.stop()
-        self._programs.clear()
-
-
-ECHO = """
-import socket, threading
-server = socket.create_server(("0.0.0.0", {port}), backlog=128)
-print("listening")
-def echo(sock):
-    with sock:
-        while data := sock.recv(1 << 16):
-            sock.sendall(data)
-while True:
-    sock, address = server.accept()
-    print(sock.family.name, *address)
-    threading.Thread(target=echo, args=(sock,), daemon=True).start()
-"""
-
-#: Talks to the echo, and says whether that took a socket of this kernel.
-TALK = """
-import os, socket, sys
-sock = socket.create_connection(("{to}", {port}), 20)
-sock.sendall(b"hello")
-assert sock.recv(5) == b"hello"
-real = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(sock.fileno()))
-import ctypes
-address = ctypes.create_string_buffer(128)
-print("path", os.readlink(f"/proc/self/fd/{{sock.fileno()}}").split(":")[0], sock.getpeername()[0])
-"""
-
-
-@pytest.fixture(scope="module")
-def networks() -> Iterator[Net]:
-    try:
-        with PrivateBroker((), policy=POLICY) as broker, Bridge() as bridge:
-            yield Net(broker, bridge)
-    except BridgeError as error:
-        pytest.skip(f"no networks: {error}")
-
-
-@pytest.fixture
-def net(networks: Net) -> Iterator[Net]:
-    networks.begin()
-    try:
-        yield networks
-    finally:
-        networks.stop()
-
-
-def exchanged(net: Net, domain: str = "a") -> int:
-    return sum(c["path"] == "socket" for c in net.connections(domain))
-
-
-@pytest.mark.program(
-    "Redis",
-    "redis-server --version",
-    "`isthmus run`",
-    "server and client, 3 MB values, the bridge stays quiet; TCP clients at the same time",
-)
-@needs_redis
-def test_redis_beside_the_bridge(net: Net) -> None:
-    """A stock server and a stock client: their bytes do not touch the bridge."""
-    words = ["redis-server", "--port", "6379", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""]
-    net.start("right", *words)
-
-    def client(*words: str) -> str:
-        return net.output("left", "redis-cli", "-h", Bridge.right_address, *words).strip()
-
-    becomes(lambda: net.broker.ask("status", domain="b")["domain"]["ports"])
-    assert client("set", "key", "value") == "OK"
-    before = net.bytes_on_the_bridge()
-    assert client("eval", "return string.rep('x', 3000000)", "0") == "x" * 3_000_000
-    listed = client("client", "list")
-    assert f"addr={Bridge.left_address}:" in listed
-    assert f"laddr={Bridge.right_address}:6379" in listed
-    assert net.bytes_on_the_bridge() - before < 10_000
-    plain = net.output("left", "redis-cli", "-h", Bridge.right_address, "get", "key", run=False)
-    assert plain.strip() == "value"
-
-
-NGINX = """
-user root;
-daemon off;
-worker_processes 2;
-pid {0}/pid;
-error_log stderr;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {0}/1; proxy_temp_path {0}/2; fastcgi_temp_path {0}/3;
-    uwsgi_temp_path {0}/4; scgi_temp_path {0}/5;
-    sendfile on; tcp_nopush on; tcp_nodelay on;
-    upstream back {{ server {1}:8081; keepalive 2; }}
-    server {{ listen 8080; location / {{ root {0}; }} }}
-    server {{
-        listen 8082;
-        location / {{ proxy_pass http://back; proxy_http_version 1.1; proxy_set_header Connection ""; }}
-    }}
-}}
-"""
-
-
-@pytest.mark.program(
-    "nginx",
-    "nginx -v",
-    "`isthmus run`",
-    "workers that share a listener; a proxy with kept connections to its upstream",
-)
-@pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("curl")), reason="no nginx or no curl")
-def test_nginx_serves_and_passes_on(net: Net, tmp_path: Path) -> None:
-    """Workers that share a listener, and a proxy, whose upstream is in its event poll beforehand."""
-    page = os.urandom(300_000)
-    for side, name, upstream in (("right", "back", "127.0.0.1"), ("left", "front", Bridge.right_address)):
-        directory = tmp_path / name
-        directory.mkdir()
-        (directory / "page").write_bytes(page)
-        (directory / "conf").write_text(
-            NGINX.format(directory, upstream).replace("8080", "8081" if side == "right" else "8080")
-        )
-        net.start(side, "nginx", "-p", str(directory), "-e", "stderr", "-c", str(directory / "conf"))
-
-    def ports(domain: str) -> set[int]:
-        return {p["port"] for p in net.broker.ask("status", domain=domain)["domain"]["ports"]}
-
-    becomes(lambda: {8081} <= ports("b") and {8082} <= ports("a"))
-    got = tmp_path / "got"
-    for url in (f"http://{Bridge.right_address}:8081/page", f"http://{Bridge.left_address}:8082/page"):
-        for _ in range(3):
-            net.output("left", "curl", "-sSf", "-o", str(got), url)
-            assert got.read_bytes() == page
-    before = net.bytes_on_the_bridge()
-    net.output("left", "curl", "-sSf", "-o", str(got), f"http://{Bridge.left_address}:8082/page")
-    assert net.bytes_on_the_bridge() - before < 10_000
-    assert net.fallbacks() == {}
-
-
-@pytest.mark.program(
-    "iperf3",
-    "iperf3 --version",
-    "`isthmus run`",
-    "both directions, four streams at once",
-)
-@pytest.mark.skipif(not shutil.which("iperf3"), reason="iperf3 is not installed")
-def test_iperf3_both_ways_and_in_parallel(net: Net) -> None:
-    net.start("right", "iperf3", "-s")
-    becomes(lambda: net.broker.ask("status", domain="b")["domain"]["ports"])
-    for words in ((), ("-R",), ("-P", "4")):
-        text = net.output("left", "iperf3", "-c", Bridge.right_address, "-J", "-n", "200M", *words)
-        assert json.loads(text)["end"]["sum_received"]["bytes"] > 100_000_000
-    assert net.fallbacks() == {}
-
-
-JAVA = """
-import java.net.*; import java.nio.*; import java.nio.channels.*;
-class Talk {
-    public static void main(String[] words) throws Exception {
-        if (words[0].equals("serve")) {
-            ServerSocketChannel server = ServerSocketChannel.open();
-            server.bind(new InetSocketAddress("0.0.0.0", 7020));
-            System.out.println("listening");
-            SocketChannel sock = server.accept();
-            ByteBuffer buffer = ByteBuffer.allocate(5);
-            while (buffer.hasRemaining()) sock.read(buffer);
-            buffer.flip();
-            while (buffer.hasRemaining()) sock.write(buffer);
-            System.out.println(((InetSocketAddress) sock.getRemoteAddress()).getAddress().getHostAddress());
-        } else {
-            Selector selector = Selector.open();
-            SocketChannel sock = SocketChannel.open();
-            sock.configureBlocking(false);
-            sock.setOption(StandardSocketOptions.TCP_NODELAY, true);
-            SelectionKey key = sock.register(selector, SelectionKey.OP_CONNECT);
-            if (sock.connect(new InetSocketAddress(words[1], 7020))) key.interestOps(SelectionKey.OP_WRITE);
-            ByteBuffer buffer = ByteBuffer.wrap("hello".getBytes());
-            ByteBuffer answer = ByteBuffer.allocate(5);
-            while (answer.hasRemaining()) {
-                selector.select(20000);
-                if (key.isConnectable()) { sock.finishConnect(); key.interestOps(SelectionKey.OP_WRITE); }
-                else if (key.isWritable()) {
-                    sock.write(buffer);
-                    if (!buffer.hasRemaining()) key.interestOps(SelectionKey.OP_READ);
-                } else if (key.isReadable()) { sock.read(answer); }
-                selector.selectedKeys().clear();
-            }
-            System.out.println(new String(answer.array()));
-        }
-    }
-}
-"""
-
-
-@pytest.mark.program(
-    "Java",
-    "java -version",
-    "`isthmus run`",
-    "blocking and non-blocking channels, selectors, socket options",
-)
-@pytest.mark.skipif(not shutil.which("javac"), reason="no Java")
-def test_java_with_selectors(net: Net, tmp_path: Path) -> None:
-    (tmp_path / "Talk.java").write_text(JAVA)
-    subprocess.run(["javac", "Talk.java"], cwd=tmp_path, check=True, timeout=60)
-    server = net.start("right", "java", "-cp", str(tmp_path), "Talk", "serve")
-    assert server.line() == "listening"
-    client = net.start("left", "java", "-cp", str(tmp_path), "Talk", "talk", Bridge.right_address)
-    assert client.line() == "hello"
-    assert server.line() == Bridge.left_address
-    assert net.fallbacks() == {}
-
-
-@pytest.mark.program(
-    "BusyBox",
-    "busybox cat --help",
-    "`isthmus run`",
-    "statically linked: httpd and wget",
-)
-@pytest.mark.skipif(not shutil.which("busybox"), reason="busybox is not installed")
-def test_a_static_program(net: Net, tmp_path: Path) -> None:
-    busybox = shutil.which("busybox") or ""
-    kind = subprocess.run(["ldd", busybox], capture_output=True, text=True, check=False)
-    if kind.returncode == 0:
-        pytest.skip("busybox is not static here")
-    (tmp_path / "page").write_text("static")
-    net.start("right", busybox, "httpd", "-f", "-p", "7021", "-h", str(tmp_path))
-    becomes(lambda: net.broker.ask("status", domain="b")["domain"]["ports"])
-    assert net.output("left", busybox, "wget", "-qO-", f"http://{Bridge.right_address}:7021/page") == "static"
-    assert net.fallbacks() == {}
-
-
-@pytest.mark.program(
-    "CPython asyncio",
-    "python3 --version",
-    "`isthmus run`",
-    "streams of 1 MB, twenty at once",
-)
-def test_asyncio_on_both_sides(net: Net) -> None:
-    server = net.server("""
-        import asyncio
-        async def serve(reader, writer):
-            print(writer.get_extra_info("peername")[0])
-            writer.write(await reader.readexactly(1_000_000))
-            await writer.drain()
-            writer.close()
-        async def main():
-            server = await asyncio.start_server(serve, "0.0.0.0", 7022)
-            print("listening")
-            await server.serve_forever()
-        asyncio.run(main())
-    """)
-    client = net.python(
-        "left",
-        f"""
-        import asyncio, os
-        data = os.urandom(1_000_000)
-        async def talk():
-            reader, writer = await asyncio.open_connection("{Bridge.right_address}", 7022)
-            writer.write(data)
-            assert await reader.read(-1) == data
-            writer.close()
-        async def main():
-            await asyncio.gather(*(talk() for _ in range(20)))
-        asyncio.run(main())
-        print("done")
-        """,
-    )
-    assert client.line() == "done"
-    assert server.line() == Bridge.left_address
-    assert net.fallbacks() == {}
+from isthmus.bench.bridge import Bridge
 
 
 def test_names_and_options_are_those_of_tcp(net: Net) -> None:
@@ -474,7 +73,7 @@ def test_one_listener_serves_both_kinds(net: Net) -> None:
     server = net.server(port=7002)
     for run in (True, False, True):
         talk = net.python("left", TALK.format(to=Bridge.right_address, port=7002), run=run)
-        assert talk.line() == f"path socket {Bridge.right_address}"
+        assert talk.line() == f"{'socket' if run else 'tcp'} {Bridge.right_address}"
         assert server.line().startswith(f"AF_INET {Bridge.left_address} ")
         assert talk.end()[0] == 0
     assert net.broker.ask("status", domain="a")["domain"]["traffic"]["socket"]["connections"] >= 2
@@ -499,7 +98,7 @@ def test_ipv6(net: Net) -> None:
         (Bridge.right_address, f"::ffff:{Bridge.left_address} ::ffff:{Bridge.right_address}"),
     ):
         client = net.python("left", TALK.format(to=to, port=7003))
-        assert client.line() == f"path socket {to}"
+        assert client.line() == f"socket {to}"
         assert server.line() == f"AF_INET6 {seen}"
         client.end()
     assert net.fallbacks() == {}
@@ -508,7 +107,7 @@ def test_ipv6(net: Net) -> None:
 def test_who_is_not_supervised_is_reached_as_ever(net: Net) -> None:
     net.server(port=7004, run=False)
     client = net.python("left", TALK.format(to=Bridge.right_address, port=7004))
-    assert client.line() == f"path socket {Bridge.right_address}"
+    assert client.line() == f"tcp {Bridge.right_address}"
     assert client.end()[0] == 0
     becomes(lambda: any("nobody listens there" in why for why in net.fallbacks()))
 
@@ -698,7 +297,7 @@ def test_the_dead_supervisor_of_a_client_and_of_a_server(net: Net) -> None:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     talk = net.python("left", TALK.format(to=Bridge.right_address, port=7009))
-    assert talk.line() == f"path socket {Bridge.right_address}"
+    assert talk.line() == f"tcp {Bridge.right_address}"
     assert talk.end()[0] == 0
 
 
@@ -765,7 +364,7 @@ def test_an_address_that_is_not_where_the_directory_says(net: Net) -> None:
         impostor = net.python("left", ECHO.format(port=7012), door="c")
         assert impostor.line() == "listening"
         client = net.python("left", TALK.format(to=Bridge.right_address, port=7012))
-        assert client.line() == f"path socket {Bridge.right_address}"
+        assert client.line() == f"tcp {Bridge.right_address}"
         becomes(lambda: any("does not have this address" in why for why in net.fallbacks()))
         assert exchanged(net) == 0
     finally:
@@ -821,7 +420,7 @@ def test_what_the_program_leaves_behind_is_supervised_on(net: Net) -> None:
     assert server.end() == (0, "", "")
     for _ in range(2):
         client = net.python("left", TALK.format(to=Bridge.right_address, port=7013))
-        assert client.line().startswith("path socket")
+        assert client.line().startswith("socket ")
         client.end()
     assert net.fallbacks() == {}
     becomes(lambda: not net.broker.ask("status", domain="b")["domain"]["programs"])
@@ -873,7 +472,7 @@ def test_an_address_of_the_other_family_hurts_nobody(net: Net) -> None:
     assert net.python("left", code).line() == "refused"
     for run in (True, False):
         talk = net.python("left", TALK.format(to=Bridge.right_address, port=7030), run=run)
-        assert talk.line() == f"path socket {Bridge.right_address}"
+        assert talk.line() == f"{'socket' if run else 'tcp'} {Bridge.right_address}"
     # And the second came past the bridge: no other reason was ever given.
     becomes(lambda: all("nobody listens" in why for why in net.fallbacks()) and net.fallbacks())
 
@@ -892,7 +491,7 @@ def test_a_listener_that_waits_for_data(net: Net) -> None:
     """)
     client = net.python("left", TALK.format(to=Bridge.right_address, port=7031))
     assert server.line() == "hello"
-    assert client.line().startswith("path socket")
+    assert client.line().startswith("socket ")
     assert net.fallbacks() == {}
 
 
@@ -986,7 +585,7 @@ def test_a_program_that_makes_a_ring_is_reached_over_tcp(net: Net) -> None:
     """)
     client = net.python("left", TALK.format(to=Bridge.right_address, port=7035))
     assert server.line() == "hello"
-    assert client.line().startswith("path socket")
+    assert client.line().startswith("tcp ")
     becomes(lambda: any("nobody listens" in why for why in net.fallbacks()))
 
 
@@ -1023,7 +622,7 @@ def test_a_broker_that_is_stopped_holds_nobody_for_long(net: Net) -> None:
     os.kill(net.broker.pid, signal.SIGSTOP)
     try:
         client = net.python("left", TALK.format(to=Bridge.right_address, port=7036))
-        assert client.line().startswith("path socket")
+        assert client.line().startswith("tcp ")
         assert client.end()[0] == 0
     finally:
         os.kill(net.broker.pid, signal.SIGCONT)
