@@ -57,9 +57,10 @@ fuzz: env ## Each fuzz target for FUZZ_SECONDS (30); needs nightly and cargo-fuz
 	@scripts/fuzz.sh
 
 wheel: env ## The wheel a user installs, in out/wheels
+	python scripts/link_myriexpress.py --package
 	maturin build --release --out out/wheels
 
 clean: ## Remove what make made: .venv, target, out and the caches
-	rm -rf .venv target out fuzz/target .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv target out fuzz/target src/isthmus/_myriexpress .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f src/isthmus/_native*.so
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 # Make this checkout able to build and test itself. Safe to run at any time, and quick when there is nothing to do.
 #
 #   scripts/bootstrap.sh          the tools, and .venv with the development requirements
-#   scripts/bootstrap.sh build    the same, and the extension module, built in release mode into .venv
+#   scripts/bootstrap.sh build    the same, the extension module, built in release mode into .venv, and libmyriexpress
 #
 # As root on Debian it installs what is missing with apt. Anybody else is told, in one line, what to install.
 # Everything it makes is in the checkout. PYTHON=/path/to/python chooses the Python that .venv is made from.
@@ -48,7 +48,9 @@ need() {
 wish() {
     local missing=() packages=()
     while [ $# -gt 0 ]; do
-        { [ "$1" = kernel ] && compgen -G '/boot/vmlinuz-*' >/dev/null; } || have "$1" || { missing+=("$1"); packages+=("$2"); }
+        { [ "$1" = kernel ] && compgen -G '/boot/vmlinuz-*' >/dev/null; } ||
+            { [ "$1" = postgres ] && compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; } ||
+            have "$1" || { missing+=("$1"); packages+=("$2"); }
         shift 2
     done
     [ ${#missing[@]} -eq 0 ] && return
@@ -56,7 +58,7 @@ wish() {
     say "no ${missing[*]}: what needs containers or guests may be skipped; install ${packages[*]} (Debian names)"
 }
 
-linker() { have cc; }
+linker() { have cc && have objcopy; }
 
 # The first Python that is new enough and can make virtual environments. Shims that lead nowhere fail the trial.
 find_python() {
@@ -124,6 +126,7 @@ ensure_venv() {
 # Directories count too: theirs is the time that changes when a source file is deleted.
 build_is_current() {
     [ -e "$build_stamp" ] && compgen -G 'src/isthmus/_native*.so' >/dev/null &&
+        [ -e src/isthmus/_myriexpress/lib/libmyriexpress.so ] &&
         [ -z "$(find crates Cargo.toml Cargo.lock pyproject.toml -newer "$build_stamp" -print -quit)" ]
 }
 
@@ -137,6 +140,8 @@ build() {
     touch "$started"
     env -u CONDA_PREFIX VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH" \
         "$venv/bin/maturin" develop --quiet --release >&2
+    say "building libmyriexpress.so"
+    PATH="$venv/bin:$PATH" python scripts/link_myriexpress.py --package >&2
     mv "$started" "$build_stamp"
 }
 
@@ -150,10 +155,11 @@ have flock || die "install util-linux first: flock is missing"
 exec 9<"$self"
 flock 9
 
-need linker gcc libc6-dev
+need linker gcc libc6-dev binutils
 ensure_cargo
 wish ip iproute2 bwrap bubblewrap unshare util-linux
 wish redis-server redis-server socat socat nginx nginx-light curl curl iperf3 iperf3 wrk wrk
+wish postgres postgresql
 wish linux.uml user-mode-linux qemu-system-x86_64 qemu-system-x86 busybox busybox-static kernel linux-image-cloud-amd64
 ensure_venv
 if [ "${1:-}" = build ]; then build; fi

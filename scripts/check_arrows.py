@@ -20,10 +20,13 @@ ALLOWED: dict[str, set[str]] = {
     "ring": {"wire"},
     "sys": {"wire"},
     "engine": {"wire", "proto", "ring", "sys"},
+    "mx": {"wire", "proto", "sys", "engine"},
     "bench": {"engine", "sys"},
     "switch": {"wire", "proto", "ring", "sys", "engine"},
+    "card": {"wire", "proto", "sys", "engine"},
     "supervisor": {"wire", "sys", "engine"},
-    "py": {"wire", "proto", "ring", "sys", "engine", "bench", "supervisor", "switch"},
+    "py": {"wire", "proto", "ring", "sys", "engine", "bench", "card", "mx", "supervisor", "switch"},
+    "capi": {"wire", "proto", "sys", "engine", "mx"},
 }
 
 #: The one crate that knows Python exists.

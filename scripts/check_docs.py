@@ -7,6 +7,7 @@ A block runs when its fence says ``python`` or ``sh``::
     ```python              runs; the python blocks of one page share their names
     ```sh                  runs in its own `bash -euo pipefail`
     ```sh containers       runs; the page is skipped, with the reason, where bubblewrap can make no containers
+    ```sh needs=nginx      runs; the page is skipped, with the reason, where there is no such program
     ```sh no-run           is only shown
 
 Around each page there is a broker of its own with the domains `web` and `client`. The page's directory shows
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +47,7 @@ PAGE_TIMEOUT_S = 100
 LANGUAGES = ("python", "sh")
 NO_RUN = "no-run"
 CONTAINERS = "containers"
+NEEDS = "needs="
 FLAGS = (NO_RUN, CONTAINERS)
 
 #: Domains that every page finds; the first is that of its ``python`` blocks.
@@ -75,6 +78,8 @@ class Block:
     line: int
     #: It makes containers.
     containers: bool = False
+    #: Programs that it runs.
+    needs: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -122,11 +127,13 @@ def blocks(page: Path) -> list[Block]:
             if language in MISSPELT:
                 raise PageFault(f"{where}: write {MISSPELT[language]!r}, not {language!r}; then it runs")
             if language in LANGUAGES:
-                if unknown := sorted(set(flags) - set(FLAGS)):
-                    raise PageFault(f"{where}: {unknown[0]!r} is not a flag; there are {', '.join(FLAGS)}")
+                needs = tuple(flag.removeprefix(NEEDS) for flag in flags if flag.startswith(NEEDS))
+                if unknown := [f for f in flags if f not in FLAGS and not f.startswith(NEEDS)]:
+                    known = ", ".join((*FLAGS, f"{NEEDS}PROGRAM"))
+                    raise PageFault(f"{where}: {unknown[0]!r} is not a flag; there are {known}")
                 if NO_RUN not in flags:
                     code = "\n".join(body) + "\n"
-                    found.append(Block(language, code, opened_at + 1, CONTAINERS in flags))
+                    found.append(Block(language, code, opened_at + 1, CONTAINERS in flags, needs))
             opened = None
         else:
             # Inside a list the whole block is indented as its fence is.
@@ -145,7 +152,7 @@ def run_page(page: Path) -> int:
         The page could not be read, a block failed, or the page took longer than `PAGE_TIMEOUT_S`. The message
         ends with everything the page printed.
     PageSkipped
-        Nothing of it ran, because it makes containers and this machine does not.
+        Nothing of it ran, because it makes containers or needs programs that this machine does not have.
     """
     page = page.resolve()
     found = blocks(page)
@@ -153,6 +160,9 @@ def run_page(page: Path) -> int:
         return 0
     if any(block.containers for block in found) and (reason := sandbox.missing()):
         raise PageSkipped(f"{_shown(page)}: {reason}")
+    for program in (program for block in found for program in block.needs):
+        if shutil.which(program) is None:
+            raise PageSkipped(f"{_shown(page)}: {program} is not installed")
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-docs-") as directory,
         environment(Path(directory)) as variables,

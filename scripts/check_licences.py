@@ -33,6 +33,7 @@ ALLOWED = {
     "Unicode-3.0",
     "Unlicense",
     "Zlib",
+    "mpich2",
 }
 
 #: Words that stand in older Python metadata, and the SPDX name for each.
@@ -42,6 +43,7 @@ ALIASES = {
     "BSD": "BSD-3-Clause",
     "BSD License": "BSD-3-Clause",
     "ISC License (ISCL)": "ISC",
+    "LicenseRef-MPICH": "mpich2",
     "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Python Software Foundation License": "PSF-2.0",

@@ -25,9 +25,21 @@ POLICIES = {
     "put": '[[rule]]\nfrom = "*"\nto = "*"\naction = "accept"\nstrict = true\n',
 }
 #: No test waits longer for what must happen.
-LIMIT_S = 30.0
+LIMIT_S = 60.0
+#: A test with emulated guests may take this long, their boot included, on a machine that others use too.
+EMULATED_S = 900.0
 
 T = TypeVar("T")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and "qemu" in item.name
+            and not item.get_closest_marker("timeout")
+        ):
+            item.add_marker(pytest.mark.timeout(EMULATED_S))
 
 
 class Domains:

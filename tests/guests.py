@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 #: No test waits longer for a guest; emulation on a busy machine is slow.
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 #: The program that runs the others; see `Runner`.
 SHELL = Path(__file__).with_name("guest_shell.py")
 
@@ -164,6 +164,7 @@ class Node:
         policy: str | None = None,
         agents: bool = False,
         switch: tuple[str, ...] = (),
+        addresses: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         self.monitor = monitor
@@ -172,6 +173,8 @@ class Node:
         self._agents = agents
         #: Options of a switch of one's own, instead of the one that the broker starts.
         self._switch = switch
+        #: Of guests: an IP address that each has in its own network.
+        self._addresses = addresses or {}
         self._options = options
         self._domains: dict[str, dict[str, Any]] = {}
         self._machines: dict[str, Machine] = {}
@@ -184,15 +187,21 @@ class Node:
             if self._switch:
                 self._start_switch()
             for name in self._names:
-                self.broker.ask("domain-add", name=name, group=None, uid=None, kind="vm")
+                given = [self._addresses[name]] if name in self._addresses else []
+                self.broker.ask("domain-add", name=name, group=None, uid=None, kind="vm", addresses=given)
             self._domains = {d["name"]: d for d in self.broker.ask("domain-list")["domains"]}
             self.await_devices("waiting")
             for name in self._names:
                 self.boot(name)
             for name, machine in self._machines.items():
                 machine.guest.wait_ready()
-                if self._agents:
-                    self.start_agent(name)
+                if name in self._addresses:
+                    words = ["ip", "address", "add", f"{self._addresses[name]}/32", "dev", "lo"]
+                    assert machine.run(words).code() == 0
+            if self._agents:
+                agents = [self._run_agent(name) for name in self._names]
+                for agent in agents:
+                    assert agent.line() == "ready"
         except BaseException:
             self._stack.close()
             raise
@@ -218,9 +227,12 @@ class Node:
 
     def start_agent(self, name: str) -> Program:
         """The agent of a guest, serving."""
-        agent = self._machines[name].run([sys.executable, "-m", "isthmus", "agent", "--ready"])
+        agent = self._run_agent(name)
         assert agent.line() == "ready"
         return agent
+
+    def _run_agent(self, name: str) -> Program:
+        return self._machines[name].run([sys.executable, "-m", "isthmus", "agent", "--ready"])
 
     def await_devices(self, state: str) -> None:
         until = time.monotonic() + LIMIT_S

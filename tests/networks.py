@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conftest import LIMIT_S
@@ -79,24 +80,36 @@ class Net:
         self._bridge = bridge
         self._programs: list[Program] = []
         self._before: dict[str, int] = {}
+        self._sockets = 0
 
     def begin(self) -> None:
-        """From now on `fallbacks` counts."""
+        """From now on `fallbacks` and `sockets` count."""
         self._before = self._fallbacks("a")
+        self._sockets = self._socket_connections()
 
-    def start(
+    def command(
         self,
         side: str,
         *words: str,
         run: bool = True,
         door: str = "",
         options: str = "",
-        stdin: bool = False,
-    ) -> Program:
-        domain = door or {"left": "a", "right": "b"}[side]
+        before: Sequence[str] = (),
+    ) -> list[str]:
+        """What starts a program; the words `before` start `isthmus run`, perhaps as another user."""
+        door = self.broker.door(door or {"left": "a", "right": "b"}[side])
         supervised = [sys.executable, "-m", "isthmus", "run", *options.split(), "--"] if run else []
-        command = [*self._bridge.prefix(side), *supervised, *words]
-        program = Program(command, {"ISTHMUS_DOOR": self.broker.door(domain)}, stdin=stdin)
+        return [*self._bridge.prefix(side), "env", f"ISTHMUS_DOOR={door}", *before, *supervised, *words]
+
+    def start(
+        self,
+        side: str,
+        *words: str,
+        stdin: bool = False,
+        environment: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> Program:
+        program = Program(self.command(side, *words, **more), environment or {}, stdin=stdin)
         self._programs.append(program)
         return program
 
@@ -124,6 +137,14 @@ class Net:
         return {
             why: n - self._before.get(why, 0) for why, n in found.items() if n != self._before.get(why, 0)
         }
+
+    def sockets(self) -> int:
+        """How many connections of the domain a were exchanged in this test."""
+        return self._socket_connections() - self._sockets
+
+    def _socket_connections(self) -> int:
+        traffic = self.broker.ask("status", domain="a")["domain"]["traffic"]
+        return int(traffic.get("socket", {}).get("connections", 0))
 
     def _fallbacks(self, domain: str) -> dict[str, int]:
         found: dict[str, int] = {}

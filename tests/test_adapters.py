@@ -102,6 +102,9 @@ def test_urllib3_and_requests(web: str) -> None:
         assert session.post(web, data=b"abc", timeout=LIMIT_S).content == b"cba"
         with pytest.raises(requests.exceptions.ConnectionError, match="nobody listens"):
             session.get("http://b:1/", timeout=LIMIT_S)
+        session.mount("https://", Adapter())
+        with pytest.raises(requests.exceptions.InvalidURL, match="https"):
+            session.get(web.replace("http", "https"), timeout=LIMIT_S)
 
 
 @pytest.mark.program(

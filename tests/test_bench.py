@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import becomes
 from rich.console import Console
 
-from isthmus.bench import loops, native, transports
+from isthmus.bench import loops, native, programs_guests, transports
 from isthmus.bench.bridge import Bridge, BridgeError
 from isthmus.bench.cases import Case, Settings, cases_of, groups_of, parse_sizes
 from isthmus.bench.cli import bench_group
@@ -27,6 +28,8 @@ from isthmus.bench.records import Record, median, records_as_json, spread
 from isthmus.bench.runner import Run, Runner, measure, record_of
 from isthmus.bench.table import print_tables, ratio, size_word
 from isthmus.bench.transports.ucx import parse_final
+from isthmus.vm.guest import descendants
+from isthmus.vm.kernels import Missing, uml_kernel
 
 BASELINES = ("tcp-bridge", "unix", "mapped-ring")
 CLIENTS = ("native", "python")
@@ -507,3 +510,100 @@ def test_unmodified_programs_are_measured_each_way(tmp_path: Path) -> None:
     assert all(item["values"][0] > 0 for item in listed)
     assert (tmp_path / "programs.json").exists()
     assert CliRunner().invoke(bench_group, ["programs", "pigeon"]).exit_code == 2
+
+
+@pytest.mark.parametrize("program", ["mpi", "postgres"])
+def test_programs_that_are_installed_are_measured(program: str) -> None:
+    options = ["--repeat", "1", "--seconds", "0.3", "--json"]
+    done = CliRunner().invoke(bench_group, ["programs", program, *options])
+    if "cannot be made" in done.output or "not installed" in done.output:
+        pytest.skip(done.output)
+    assert done.exit_code == 0, done.output
+    listed = json.loads(done.stdout)
+    assert [item["way"] for item in listed][:2] == ["bridge", "run"]
+    assert all(0 < item["p50_us"] <= item["p99_us"] for item in listed)
+    assert all((item["per_second"] or item["gbytes_per_s"]) > 0 for item in listed)
+
+
+# Programs between guests
+
+
+@pytest.fixture
+def uml_or_skip(bridge_or_skip: None) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("the network cards of guests are made by root alone")
+    try:
+        uml_kernel()
+    except Missing as error:
+        pytest.skip(str(error))
+
+
+def monitors_of(pid: int) -> list[int]:
+    """The monitors that a process started."""
+    found = []
+    for child in descendants(pid):
+        with suppress(OSError):
+            if b"linux.uml" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
+
+
+@pytest.mark.usefixtures("uml_or_skip")
+def test_unmodified_programs_are_measured_between_guests(tmp_path: Path) -> None:
+    options = ["--between", "vm", "--monitor", "uml", "--repeat", "1", "--seconds", "0.5", "--json"]
+    done = CliRunner().invoke(bench_group, ["programs", *options, "--out", str(tmp_path)])
+    if "is not installed" in done.output:
+        pytest.skip(done.output)
+    assert done.exit_code == 0, done.output
+    listed = json.loads(done.stdout)
+    ways = [(item["program"], item["way"]) for item in listed]
+    assert ways == [(name, way) for name in ("redis", "iperf3") for way in ("bridge", "run")]
+    assert all((item["per_second"] or item["gbytes_per_s"]) > 0 for item in listed)
+    assert all(0 < item["p50_us"] <= item["p99_us"] for item in listed if item["program"] == "redis")
+    assert all(item["cpu_s"] > 0 for item in listed)
+    assert {item["monitor"] for item in listed} == {"uml"}
+    assert "only ratios mean anything" in listed[0]["machine"]["guests"]
+    assert (tmp_path / "programs.json").exists()
+    assert not monitors_of(os.getpid())
+
+
+@pytest.mark.usefixtures("uml_or_skip")
+def test_a_program_that_fails_in_a_guest_says_what_it_printed() -> None:
+    with programs_guests.Pair("uml") as pair:
+        server = [sys.executable, "-c", "print('no room'); raise SystemExit(3)"]
+        with pytest.raises(WorkerError, match=r"ended with 3: no room"):
+            pair.start_server("bridge", server, 7100)
+        with pytest.raises(WorkerError, match=r"^pigeon 7: ended with 127: .*pigeon"):
+            pair.work("bridge", ["pigeon", "7"], 1.0)
+        assert not monitors_of(os.getpid())
+
+
+@pytest.mark.usefixtures("uml_or_skip")
+def test_an_interrupted_bench_leaves_no_guest() -> None:
+    words = "-m isthmus bench programs iperf3 --between vm --monitor uml"
+    bench = subprocess.Popen(
+        [sys.executable, *words.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Whoever runs the tests in the background ignores it, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert bench.stdout is not None
+    line = bench.stdout.readline()
+    if "is not installed" in line:
+        pytest.skip(line)
+    assert line.startswith("2 guests")
+    guests = monitors_of(bench.pid)
+    assert guests
+    bench.send_signal(signal.SIGINT)
+    assert bench.wait(30) != 0, bench.stdout.read()
+    bench.stdout.close()
+    becomes(lambda: not any(Path(f"/proc/{pid}").exists() for pid in guests), "guests are left")
+
+
+def test_between_guests_only_some_programs_are_measured() -> None:
+    done = CliRunner().invoke(bench_group, ["programs", "nginx", "--between", "vm", "--monitor", "uml"])
+    assert done.exit_code == 2
+    assert "nginx: between guests, one of redis, iperf3" in done.output
+    assert CliRunner().invoke(bench_group, ["programs", "redis", "--monitor", "uml"]).exit_code == 2

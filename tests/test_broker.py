@@ -71,6 +71,21 @@ def test_domains_are_found_by_name_and_by_number(node: Node, a: Program) -> None
         assert caught.value.refusal == "unknown-domain"
 
 
+def test_each_domain_has_a_network_card_of_its_own(node: Node, a: Program, b: Program) -> None:
+    own = a.ask("find-nic", nic=0, name="")[1]
+    assert (own["domain"], own["name"]) == (node.number("a"), "a")
+    # A unicast address that somebody administers here.
+    assert own["nic"] >> 40 == 0x02
+    other = b.ask("find-nic", nic=0, name="")[1]
+    assert other["nic"] not in (0, own["nic"])
+    assert a.ask("find-nic", nic=other["nic"], name="")[1] == other
+    assert a.ask("find-nic", nic=0, name="b")[1] == other
+    for question in ({"nic": own["nic"] ^ 1, "name": ""}, {"nic": 0, "name": "nobody"}):
+        with pytest.raises(Refused) as caught:
+            a.ask("find-nic", **question)
+        assert caught.value.refusal == "unknown-domain"
+
+
 # Connections.
 
 

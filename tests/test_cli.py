@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from broker_client import Node
+from click.testing import CliRunner
 
-from isthmus.cli import app, doctor
-from isthmus.cli.output import size
+from isthmus.cli import app, doctor, status
+from isthmus.cli.output import Problem, size
 
 
 @pytest.fixture
@@ -169,6 +171,26 @@ def test_a_tenant_asks_through_its_door(node: Node, tmp_path: Path) -> None:
     gone = isthmus("status", where=nowhere, ISTHMUS_DOOR=str(nowhere))
     assert gone.returncode == 3
     assert "no broker behind this door" in gone.stderr
+
+
+def test_a_tenant_asks_through_the_door_in_its_usual_place(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.add("a", "b")
+    monkeypatch.delenv("ISTHMUS_DOOR", raising=False)
+    monkeypatch.setattr("isthmus.node.DOOR_DEFAULT", str(node.door("a")))
+    ask = functools.partial(CliRunner().invoke, status.status)
+    seen = ask(["--dir", str(tmp_path / "nowhere")])
+    assert (seen.exit_code, seen.output.partition(" (")[0]) == (0, "domain a")
+    # Who is the operator remains it, and a door that was named comes first.
+    assert ask(["--dir", str(node.directory)]).output.startswith("node ")
+    monkeypatch.setenv("ISTHMUS_DOOR", str(node.door("b")))
+    assert ask(["--dir", str(tmp_path / "nowhere")]).output.startswith("domain b ")
+    monkeypatch.delenv("ISTHMUS_DOOR")
+    monkeypatch.setattr("isthmus.node.DOOR_DEFAULT", str(tmp_path / "none"))
+    none = ask(["--dir", str(tmp_path / "nowhere")])
+    assert isinstance(none.exception, Problem)
+    assert "no broker serves there" in str(none.exception)
 
 
 def test_a_policy_is_reloaded_or_left_alone(node: Node) -> None:

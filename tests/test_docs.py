@@ -117,6 +117,13 @@ def test_a_page_that_hangs_or_leaves_something_running_is_reported(
         check_docs.run_page(page)
 
 
+def test_a_page_that_needs_what_is_not_here_is_skipped_whole(tmp_path: Path) -> None:
+    page = write_page(tmp_path, "```sh\nfalse\n```\n```sh needs=sh needs=no-such-program\ntrue\n```\n")
+    with pytest.raises(check_docs.PageSkipped, match="no-such-program is not installed"):
+        check_docs.run_page(page)
+    assert check_docs.run_page(write_page(tmp_path, "```sh needs=sh needs=bash\ntrue\n```\n")) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

@@ -230,7 +230,7 @@ def program(broker: PrivateBroker, domain: str) -> Program:
 
 
 def connect(opener: Program, to: str, port: int, source: str = "") -> int:
-    fields = {"to": to, "to_port": port, "kind": "stream", "source": source, "source_port": 1}
+    fields = {"to": to, "to_port": port, "kind": "stream", "source": source, "source_port": 1, "ahead": 0}
     return opener.send("connect-socket", **fields)
 
 

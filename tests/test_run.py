@@ -379,6 +379,9 @@ def test_it_ends_as_the_program_ends(net: Net, tmp_path: Path) -> None:
     code, _, err = net.start("left", "/no/such/program").end()
     assert (code, err) == (127, "isthmus: /no/such/program: No such file or directory\n")
     assert net.start("left", str(tmp_path)).end()[0] == 126
+    code, _, err = net.start("left", sys.executable, "-m", "isthmus", "run", "--", "true").end()
+    assert code == 126
+    assert err.startswith("isthmus: true: this already runs under `isthmus run`, or ")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         program = net.python(
             "left",
@@ -566,7 +569,8 @@ def test_an_accept_whose_listener_is_shut_down(net: Net) -> None:
 
 def test_a_program_that_makes_a_ring_is_reached_over_tcp(net: Net) -> None:
     """And whoever waits in `accept` meanwhile goes on."""
-    server = net.server("""
+    server = net.server(
+        """
         import ctypes, socket, threading
         server = socket.create_server(("0.0.0.0", 7035))
         def accept():
@@ -582,11 +586,24 @@ def test_a_program_that_makes_a_ring_is_reached_over_tcp(net: Net) -> None:
         ctypes.CDLL(None).syscall(IO_URING_SETUP, 1, ctypes.create_string_buffer(120))
         print("listening")
         thread.join()
-    """)
+    """,
+        options="--io-uring",
+    )
     client = net.python("left", TALK.format(to=Bridge.right_address, port=7035))
     assert server.line() == "hello"
     assert client.line().startswith("tcp ")
     becomes(lambda: any("nobody listens" in why for why in net.fallbacks()))
+
+
+def test_there_are_no_rings_unless_one_asks_for_them(net: Net) -> None:
+    code = """
+        import ctypes, errno, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.syscall(425, 1, ctypes.create_string_buffer(120))
+        print("a ring" if done >= 0 else errno.errorcode[ctypes.get_errno()])
+    """
+    assert net.python("left", code).line() == "ENOSYS"
+    assert net.python("left", code, options="--io-uring").line() == "a ring"
 
 
 def test_a_neighbour_that_never_answers_stands_in_nobodys_way(net: Net) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +23,7 @@ from test_forward import all_of, forward, unix_client
 
 import isthmus
 from isthmus.testing import PrivateBroker
-from isthmus.vm import FORMATS, attachment_lines
+from isthmus.vm import FORMATS, Guest, attachment_lines
 
 MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=needs("qemu"))]
 
@@ -190,6 +195,32 @@ def test_what_a_guest_writes_is_gone_with_it_and_its_exit_code_is_returned(tmp_p
         assert (done.stdout, done.returncode) == ("hello 0\nx\n", 7), done.stderr
         assert not (tmp_path / "file").exists()
         assert broker.ask("domain-list")["domains"] == []
+
+
+@needs("uml")
+def test_a_guest_whose_output_nobody_reads_can_be_stopped(tmp_path: Path) -> None:
+    with PrivateBroker(()) as broker:
+        added = broker.ask("domain-add", name="g", group=None, uid=None, kind="vm")
+        becomes(lambda: broker.ask("status", domain="g")["domain"]["device"] == "waiting")
+        output, theirs = os.pipe()
+        guest = Guest("g", added["socket"], ["yes"], tmp_path / "g", monitor="uml", stdout=theirs)
+        os.close(theirs)
+        guest.wait_ready()
+
+        def waiting() -> int:
+            return int(struct.unpack("i", fcntl.ioctl(output, termios.FIONREAD, bytes(4)))[0])
+
+        def is_full() -> bool:
+            before = waiting()
+            time.sleep(0.5)
+            return 0 < before == waiting()
+
+        becomes(is_full, "the pipe does not become full")
+        stopping = threading.Thread(target=guest.stop, daemon=True)
+        stopping.start()
+        stopping.join(20)
+        assert not stopping.is_alive()
+        os.close(output)
 
 
 def test_the_lines_of_each_monitor_name_the_socket_whatever_its_name() -> None:

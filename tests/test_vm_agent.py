@@ -432,7 +432,7 @@ def test_a_restarted_broker_cuts_nothing_and_serves_at_once(node: Node) -> None:
         with sock:
 
             def echo() -> None:
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(ConnectionError, isthmus.errors.Closed):
                     while data := sock.recv(1 << 16):
                         sock.sendall(data)
 

@@ -163,6 +163,10 @@ impl Store for Put {
         self.word(at + end, trailer)
     }
 
+    fn in_place(&self, _: usize, _: usize) -> Option<*mut u8> {
+        None
+    }
+
     fn prepare_large(&self) {}
 
     fn counter(&self, index: usize, value: u64) {

@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from isthmus import aio, errors, views
+    from isthmus import aio, errors, mx, views
     from isthmus.kernel import kernel_server, kernel_socket
     from isthmus.node import Node, attach
     from isthmus.sockets import Socket, Stats, create_connection, create_server
@@ -37,6 +37,7 @@ __all__ = [  # noqa: RUF022  # in reading order
     "kernel_socket",
     "kernel_server",
     "aio",
+    "mx",
     "views",
     "errors",
     "IsthmusError",
@@ -54,6 +55,7 @@ _WHERE = {
     "kernel_socket": "isthmus.kernel",
     "kernel_server": "isthmus.kernel",
     "aio": "isthmus.aio",
+    "mx": "isthmus.mx",
     "views": "isthmus.views",
 }
 

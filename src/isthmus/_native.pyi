@@ -7,6 +7,9 @@ __all__ = [
     "ANYBODY",
     "ANY_PORT",
     "BELL_PORT",
+    "CARD_DOMAIN",
+    "CARD_PORT",
+    "CARD_RECORD_MAX",
     "CARRIERS",
     "CONTROL_DESCRIPTORS_MAX",
     "CONTROL_MESSAGE_MAX",
@@ -21,6 +24,7 @@ __all__ = [
     "REFUSALS",
     "SEATS_PORT",
     "SMALL_DEFAULT",
+    "SOCKETS_PORT",
     "SOCKET_KINDS",
     "BenchRing",
     "Connection",
@@ -29,6 +33,7 @@ __all__ = [
     "KernelSockets",
     "Listener",
     "Living",
+    "MxEndpoint",
     "Node",
     "Pollable",
     "Poller",
@@ -40,6 +45,7 @@ __all__ = [
     "bench_connection",
     "bench_fd",
     "bench_memcpy",
+    "bench_mx",
     "bench_ring",
     "bench_ring_memory",
     "check_name",
@@ -47,6 +53,7 @@ __all__ = [
     "control_encode",
     "parse_address",
     "pass_calls",
+    "run_card",
     "run_switch",
     "spawn_supervised",
     "supervise",
@@ -61,8 +68,12 @@ SEATS_PORT: int
 PRIVILEGED_PORT_MAX: int
 FEATURE_GUEST: int
 FEATURE_SOCKETS: int
+CARD_DOMAIN: str
+CARD_PORT: int
+CARD_RECORD_MAX: int
 CONTROL_PORT: int
 BELL_PORT: int
+SOCKETS_PORT: int
 CARRIERS: frozenset[str]
 CONTROL_DESCRIPTORS_MAX: int
 CONTROL_MESSAGE_MAX: int
@@ -87,6 +98,17 @@ class Seat:
     def clear(self) -> None: ...
     def runs(self, first: int, count: int) -> bytes: ...
 
+def run_card(
+    interface: str,
+    door: str,
+    ready: Callable[[], object],
+    *,
+    poll_us: int = 0,
+    own_mtu: int = 0,
+    peers: list[tuple[int, str]] = ...,
+    serial: int = 0,
+    lost: int = 0,
+) -> None: ...
 def run_switch(
     listener: int, stay: bool, confined: bool, poll_s: float, stop: Callable[[], bool]
 ) -> None: ...
@@ -148,10 +170,55 @@ class Node:
         large: int = ...,
         timeout: float | None = None,
     ) -> Datagram: ...
+    def find_nic(
+        self, nic: int = 0, name: str = "", timeout: float | None = None
+    ) -> tuple[int, int, str]: ...
     def resolve(self, name: str, timeout: float | None = None) -> tuple[int, str]: ...
     def status(self, timeout: float | None = None) -> str: ...
     def finish(self) -> None: ...
     def stop(self) -> None: ...
+
+#: Code, address (two words), match, length, transferred.
+_MxTold = tuple[int, tuple[int, int], int, int, int]
+
+@final
+class MxEndpoint:
+    def __new__(
+        cls,
+        node: Node,
+        *,
+        endpoint: int | None = None,
+        key: int = 0,
+        context_bits: int = 0,
+        context_shift: int = 0,
+        wire: bool = True,
+        wait: int = 1,
+    ) -> MxEndpoint: ...
+    @property
+    def nic(self) -> int: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def has_card(self) -> bool: ...
+    @property
+    def address(self) -> tuple[int, int]: ...
+    def decompose(self, of: tuple[int, int]) -> tuple[int, int, int] | None: ...
+    def connect(self, nic: int, endpoint: int, key: int, timeout: float | None) -> tuple[int, int]: ...
+    def iconnect(self, nic: int, endpoint: int, key: int, matching: int) -> int: ...
+    def disconnect(self, peer: tuple[int, int]) -> None: ...
+    def isend(self, to: tuple[int, int], buffers: list[Buffer], matching: int, synchronous: bool) -> int: ...
+    def irecv(self, value: int, mask: int, buffers: list[Buffer]) -> int: ...
+    def test(self, id: int) -> _MxTold | None: ...
+    def wait(self, id: int, timeout: float | None) -> _MxTold | None: ...
+    def wait_any(self, value: int, mask: int, timeout: float | None) -> tuple[int, _MxTold] | None: ...
+    def peek(self, timeout: float | None) -> int | None: ...
+    def probe(self, value: int, mask: int, timeout: float | None) -> _MxTold | None: ...
+    def cancel(self, id: int) -> bool: ...
+    def forget(self, id: int) -> None: ...
+    def wake_up(self) -> None: ...
+    def fileno(self) -> int: ...
+    def lower(self) -> None: ...
+    def close(self) -> None: ...
 
 @final
 class Connection:
@@ -263,6 +330,9 @@ _Plan: TypeAlias = Mapping[str, object]
 def bench_cacheline(duration_s: float, cpus: tuple[int, int] | None, /) -> dict[str, Any]: ...
 def bench_connect_client(address: str, warmup_s: float, duration_s: float, /) -> dict[str, Any]: ...
 def bench_connect_server(listener: int, /) -> dict[str, Any]: ...
+def bench_mx(
+    endpoint: MxEndpoint, peer: tuple[int, int], wait: str, part: str, plan: _Plan, ahead: int
+) -> dict[str, Any]: ...
 def bench_connection(
     connection: Connection, wait: str, part: str, plan: _Plan, in_place: bool
 ) -> dict[str, Any]: ...
@@ -284,7 +354,14 @@ class Living:
 def unix_socket_kind(fd: int) -> Literal["stream", "seqpacket"] | None: ...
 def spawn_supervised(words: list[str], unblocked: list[int]) -> tuple[int, int]: ...
 def supervise(
-    calls: int, ledger: int, door: str, program: str, *, require: bool = False, verbose: bool = False
+    calls: int,
+    ledger: int,
+    door: str,
+    program: str,
+    *,
+    require: bool = False,
+    verbose: bool = False,
+    rings: bool = False,
 ) -> None: ...
 def pass_calls(calls: int, ledger: int) -> None: ...
 

@@ -3,7 +3,9 @@
 Programs in a guest find the same door as programs in a container. The agent passes what they say on to the
 broker, through the guest's socket device and the switch; and where a program on the host would bring
 descriptors of memory, it gives a *seat*: memory of the guest whose pages it has named to the switch, so that
-the program's lanes lie where both can reach them, and a message needs no system call.
+the program's lanes lie where both can reach them, and a message needs no system call. Where one on the host
+would be brought a kernel socket, it is given one of the guest's own, ``AF_VSOCK``, which the switch joins to
+that one.
 
 It is root, because only root may know where pages are. The programs need not be. It owns the memory: a seat
 is given to nobody else, and freed, only when the switch has said that it touches it no more.
@@ -35,6 +37,7 @@ from isthmus._native import (
     PRIVILEGED_PORT_MAX,
     SEATS_PORT,
     SMALL_DEFAULT,
+    SOCKETS_PORT,
     control_decode,
     control_encode,
 )
@@ -383,6 +386,8 @@ class Program:
             kind, request, fields = control_decode(packet)
             if kind == "incoming":
                 self._start(self._incoming(request, fields))
+            elif kind in ("incoming-socket", "connected-socket"):
+                self._start(self._bring(kind, request, int(fields["connection"]), packet))
             elif kind == "welcome":
                 self._answer(packet, ())
                 if self._agent.doorbell is not None and self._uid == 0:
@@ -411,6 +416,37 @@ class Program:
             )
             return
         self._give("incoming", request, fields, seat)
+
+    async def _bring(self, kind: str, request: int, connection: int, packet: bytes) -> None:
+        """A message with a kernel socket."""
+        opener = kind == "connected-socket"
+        try:
+            sock = await asyncio.wait_for(self._ask_for(connection << 1 | opener), ANSWER_S)
+        except (OSError, asyncio.TimeoutError, TimeoutError) as error:
+            if opener:
+                text = f"the agent of this guest has no socket for it: {error}"
+                self._answer(
+                    control_encode("refused", request, refusal="peer-gone", rule=0, text=text[:500]), ()
+                )
+            else:
+                refuse = control_encode("refuse", 0, connection=connection, refusal="limit-reached")
+                await self._send(None, refuse)
+            return
+        with sock:
+            self._answer(packet, (sock.fileno(),))
+
+    async def _ask_for(self, end: int) -> socket.socket:
+        """A socket that the switch joins to the end of a connection that was brought there."""
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await self._loop.sock_connect(sock, (socket.VMADDR_CID_HOST, SOCKETS_PORT))
+            await self._loop.sock_sendall(sock, struct.pack("<Q", end))
+            sock.setblocking(True)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def _give(self, kind: str, request: int, fields: dict[str, Any], seat: Seat) -> None:
         """A message with the memory and the bell of a connection."""

@@ -21,6 +21,7 @@ __all__ = [
     "IsthmusError",
     "LaneFailed",
     "LimitReached",
+    "MXError",
     "MessageTooLarge",
     "NoBroker",
     "NobodyListens",
@@ -151,6 +152,13 @@ class LaneFailed(IsthmusError):
     """The lane's memory failed. This connection is useless."""
 
 
+class MXError(IsthmusError):
+    """A call of `isthmus.mx` failed, or a request ended badly. `code` is what the C interface calls it."""
+
+    #: A number of ``mx_return_t``, or of ``mx_status_code_t`` where a request ended badly.
+    code: int = 0
+
+
 class Closed(IsthmusError):
     """This object was closed."""
 
@@ -191,6 +199,20 @@ _REFUSALS: dict[str, tuple[type[Refused], int]] = {
 }
 
 
+#: What a kernel socket would give for some codes of MX.
+_MX_ERRNO = {
+    9: _errno.EBADF,
+    13: _errno.EBADF,
+    14: _errno.EINVAL,
+    20: _errno.EADDRINUSE,
+    30: _errno.ETIMEDOUT,
+    33: _errno.ECONNREFUSED,
+    34: _errno.EACCES,
+    36: _errno.EHOSTUNREACH,
+    42: _errno.EINVAL,
+}
+
+
 def refused(refusal: str, rule: int, text: str) -> IsthmusError:
     """The exception for a refusal of the broker, by its word."""
     if refusal == "timed-out":
@@ -201,4 +223,11 @@ def refused(refusal: str, rule: int, text: str) -> IsthmusError:
     error = cls(number, text)
     error.rule = rule
     error.refusal = refusal
+    return error
+
+
+def mx_error(code: int, text: str) -> MXError:
+    """A failure of the MX interface."""
+    error = MXError(_MX_ERRNO.get(code, _errno.EIO), text)
+    error.code = code
     return error

@@ -71,7 +71,8 @@ def kernel_socket(
     NobodyListens, BacklogFull, RefusedByRule, UnknownDomain, LimitReached, WrongKind
         Refused, at once. Nothing was opened.
     PathUnavailable
-        The program that listens there takes lanes: `isthmus.create_connection`. Or a guest takes part.
+        The program that listens there takes lanes: `isthmus.create_connection`. Or this program is a guest's
+        and that one listens with `kernel_server` in a container.
     NoBroker, BrokerLost, TimedOut
         Nothing was opened.
     """
@@ -93,6 +94,8 @@ def kernel_server(
     node: Node | None = None,
 ) -> KernelServer:
     """Lease a port and listen on it with a kernel socket.
+
+    In a container it takes in programs of other containers, and nobody from a guest.
 
     Parameters
     ----------

@@ -78,7 +78,9 @@ def door_of(door: str | None) -> str:
     return os.path.join(named, "door") if os.path.isdir(named) else named
 
 
-def run(words: list[str], door: str, *, require: bool = False, verbose: bool = False) -> Ended:
+def run(
+    words: list[str], door: str, *, require: bool = False, verbose: bool = False, rings: bool = False
+) -> Ended:
     """Run a program to its end, and pass on what signals come meanwhile.
 
     Raises
@@ -95,7 +97,7 @@ def run(words: list[str], door: str, *, require: bool = False, verbose: bool = F
     supervisor = os.fork()
     if supervisor == 0:
         ours.close()
-        _supervise(words, unblocked, door, theirs, ledger, require, verbose)
+        _supervise(words, unblocked, door, theirs, ledger, require, verbose, rings)
     theirs.close()
     kind, value, calls = _hear(ours)
     if kind == _FAILED:
@@ -159,6 +161,7 @@ def _supervise(
     ledger: int,
     require: bool,
     verbose: bool,
+    rings: bool,
 ) -> NoReturn:
     """The supervisor's whole life."""
     try:
@@ -177,7 +180,7 @@ def _supervise(
         waiter = threading.Thread(target=_wait_for_all, args=(program, front), daemon=True)
         waiter.start()
         name = f"isthmus run {os.path.basename(words[0])}"
-        _native.supervise(calls, ledger, door, name, require=require, verbose=verbose)
+        _native.supervise(calls, ledger, door, name, require=require, verbose=verbose, rings=rings)
         waiter.join()
         os._exit(0)
     except BaseException as error:

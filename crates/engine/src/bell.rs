@@ -63,7 +63,11 @@ pub struct Bell {
 /// # Errors
 /// No descriptors are left.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    packet::pair()
+    let (one, other) = packet::pair()?;
+    // A bell is rung with bytes.
+    packet::refuse_descriptors(one.as_fd());
+    packet::refuse_descriptors(other.as_fd());
+    Ok((one, other))
 }
 
 /// A register of a guest's socket device: a store there reaches the switch without a system call.

@@ -273,6 +273,24 @@ impl Connection {
         })
     }
 
+    /// Send one message if there is room for it now; `false`: there is none. Makes no system call unless the peer sleeps.
+    ///
+    /// # Errors
+    /// As [`Connection::send_message`]: nothing was sent.
+    #[inline]
+    pub fn try_send_message(&self, source: &mut Source<'_>) -> Result<bool> {
+        self.check()?;
+        let mut side = lock(&self.tx);
+        self.may_send(&side, 0)?;
+        if side.reserved.is_some() {
+            return Err(Error::Reserved);
+        }
+        let written = side.tx.write_message(source)?.map_err(|e| self.memory(e))?;
+        drop(side);
+        self.ring(written.ring);
+        Ok(written.all)
+    }
+
     /// Wait for room for `len` bytes, of the stream or of one message, which the caller fills where the returned
     /// address says and then sends with [`Connection::commit`] or gives up with [`Connection::abandon`]. Until then
     /// nothing else can be sent. The memory stays mapped while this connection lives.
@@ -740,5 +758,6 @@ impl Drop for Connection {
 }
 
 mod events;
+pub use events::Front;
 #[cfg(test)]
 mod tests;

@@ -48,7 +48,7 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn os(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub fn os(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Os { what, source }
     }
 }

@@ -524,3 +524,10 @@ pub fn with_source<T>(buffer: &[u8], then: impl FnOnce(&mut Source<'_>) -> T) ->
     // SAFETY: the slice is borrowed for the whole call.
     then(&mut unsafe { Source::new(&parts) })
 }
+
+/// A source over two slices, one behind the other.
+pub fn with_two_sources<T>(front: &[u8], rest: &[u8], then: impl FnOnce(&mut Source<'_>) -> T) -> T {
+    let parts = [(front.as_ptr(), front.len()), (rest.as_ptr(), rest.len())];
+    // SAFETY: the slices are borrowed for the whole call.
+    then(&mut unsafe { Source::new(&parts) })
+}

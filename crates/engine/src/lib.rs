@@ -17,13 +17,13 @@ pub mod readiness;
 pub mod seat;
 mod wait;
 
-pub use connection::{Connection, Info};
+pub use connection::{Connection, Front, Info};
 pub use error::{Error, Result};
 pub use isthmus_ring::{Dest, Source};
 pub use isthmus_sys::inet::unix_shape;
 pub use isthmus_sys::living::Living;
 pub use isthmus_sys::packet;
-pub use wait::{How, Wait};
+pub use wait::{How, Wait, spin_beside};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,7 +1,7 @@
 //! A leased port on which connections arrive.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
@@ -80,7 +80,13 @@ impl Listener {
     /// Readable while a connection waits.
     #[must_use]
     pub fn fd(&self) -> RawFd {
-        self.waiting.as_fd().as_raw_fd()
+        self.waiting().as_raw_fd()
+    }
+
+    /// As [`Listener::fd`].
+    #[must_use]
+    pub fn waiting(&self) -> BorrowedFd<'_> {
+        self.waiting.as_fd()
     }
 
     /// The next connection.

@@ -92,6 +92,15 @@ impl Drop for Attachment {
 
 type Then = Box<dyn FnOnce(Result<Answer>) + Send>;
 
+/// A domain's virtual network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nic {
+    /// 48 bits, the first byte on the wire the highest.
+    pub nic: u64,
+    pub domain: u32,
+    pub name: String,
+}
+
 pub struct Node {
     door: PathBuf,
     program: String,
@@ -236,6 +245,18 @@ impl Node {
         let answer = self.ask(&Message::Resolve { name }, how)?;
         match decode(&answer.packet)? {
             Message::Resolved { domain, name } => Ok((domain, name.to_owned())),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The virtual network card of a domain: by its address, or (`nic` 0) by the domain's name, or (neither) this one's.
+    ///
+    /// # Errors
+    /// There is none, or no broker answers.
+    pub fn find_nic(&self, nic: u64, name: &str, how: &How<'_>) -> Result<Nic> {
+        let answer = self.ask(&Message::FindNic { nic, name }, how)?;
+        match decode(&answer.packet)? {
+            Message::Nic { nic, domain, name } => Ok(Nic { nic, domain, name: name.to_owned() }),
             other => Err(unexpected(&other)),
         }
     }

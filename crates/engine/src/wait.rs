@@ -34,16 +34,19 @@ impl How<'_> {
         Self { now: true, ..Self::default() }
     }
 
-    pub(crate) fn wants_to_stop(&self) -> bool {
+    #[must_use]
+    pub fn wants_to_stop(&self) -> bool {
         self.interrupted.is_some_and(|ask| ask())
     }
 
-    pub(crate) fn expired(&self) -> bool {
+    #[must_use]
+    pub fn expired(&self) -> bool {
         self.deadline.is_some_and(|at| Instant::now() >= at)
     }
 
     /// What is left, at most `limit`.
-    pub(crate) fn left(&self, limit: Duration) -> Duration {
+    #[must_use]
+    pub fn left(&self, limit: Duration) -> Duration {
         self.deadline.map_or(limit, |at| at.saturating_duration_since(Instant::now()).min(limit))
     }
 }
@@ -150,6 +153,17 @@ pub(crate) fn spin(
             yielded = last;
         }
     }
+}
+
+/// As every wait of ours begins: spin as `wait` and the budget allow until `look` says yes. `false`: it is time to sleep
+/// or, where nobody sleeps, to look around. In a `guest` let out first what was rung.
+pub fn spin_beside(wait: Wait, budget: &mut Spin, guest: bool, mut look: impl FnMut() -> bool) -> bool {
+    let place = match guest {
+        false => Place::Local,
+        true if cpu::online() < 2 => Place::SmallGuest,
+        true => Place::Guest,
+    };
+    spin(wait, budget, place, None, 0, |_| look())
 }
 
 /// Readings in a row that saw more runnable tasks than processors.

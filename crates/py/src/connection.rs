@@ -81,7 +81,7 @@ impl<T> Movable<T> {
     }
 }
 
-fn wait_of(value: u8) -> Wait {
+pub fn wait_of(value: u8) -> Wait {
     match value {
         0 => Wait::Spin,
         2 => Wait::Block,

@@ -81,6 +81,12 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     Ok(PyErr::from_value(made))
 }
 
+/// A code of the MX interface, as `isthmus.errors.MXError`.
+pub fn mx_error(py: Python<'_>, code: u8, text: &str) -> PyErr {
+    let made = || py.import("isthmus.errors")?.getattr("mx_error")?.call1((code, text));
+    made().map_or_else(|failed| failed, PyErr::from_value)
+}
+
 /// What the kernel said, as `OSError` with its number.
 pub fn os_error(error: std::io::Error) -> PyErr {
     PyOSError::new_err((error.raw_os_error().unwrap_or(libc_errno::EIO), error.to_string()))

@@ -4,11 +4,14 @@
 //! crate further down.
 
 mod bench;
+mod bench_mx;
 mod buffer;
+mod card;
 mod connection;
 mod control;
 mod errors;
 mod living;
+mod mx;
 mod node;
 mod seat;
 mod sockets;
@@ -32,7 +35,13 @@ mod _native {
     };
 
     #[pymodule_export]
+    use super::bench_mx::bench_mx;
+    #[pymodule_export]
+    use super::card::run_card;
+    #[pymodule_export]
     use super::living::{Living, unix_socket_kind};
+    #[pymodule_export]
+    use super::mx::MxEndpoint;
     #[pymodule_export]
     use super::seat::Seat;
     #[pymodule_export]
@@ -74,6 +83,14 @@ mod _native {
     const SEATS_PORT: u32 = isthmus_wire::control::SEATS_PORT;
     #[pymodule_export]
     const BELL_PORT: u32 = isthmus_wire::control::BELL_PORT;
+    #[pymodule_export]
+    const SOCKETS_PORT: u32 = isthmus_wire::control::SOCKETS_PORT;
+    #[pymodule_export]
+    const CARD_DOMAIN: &str = isthmus_wire::card::DOMAIN;
+    #[pymodule_export]
+    const CARD_PORT: u32 = isthmus_wire::card::PORT;
+    #[pymodule_export]
+    const CARD_RECORD_MAX: usize = isthmus_wire::card::RECORD_MAX;
     #[pymodule_export]
     const PRIVILEGED_PORT_MAX: u32 = isthmus_wire::control::PRIVILEGED_PORT_MAX;
 

@@ -23,6 +23,12 @@ pub struct Node {
     inner: Arc<Attachment>,
 }
 
+impl Node {
+    pub fn attachment(&self) -> Arc<Attachment> {
+        Arc::clone(&self.inner)
+    }
+}
+
 #[pymethods]
 impl Node {
     #[new]
@@ -162,6 +168,19 @@ impl Node {
             self.inner.datagram(port, partner, (small, large), how)
         })?;
         Ok(Datagram { inner })
+    }
+
+    /// Address of a virtual network card, number and name of its domain.
+    #[pyo3(signature = (nic=0, name="", timeout=None))]
+    fn find_nic(
+        &self,
+        py: Python<'_>,
+        nic: u64,
+        name: &str,
+        timeout: Option<f64>,
+    ) -> PyResult<(u64, u32, String)> {
+        let found = with_how(py, Wait::Adaptive, timeout, |how| self.inner.find_nic(nic, name, how))?;
+        Ok((found.nic, found.domain, found.name))
     }
 
     /// (number, name) of a domain given by name or number.

@@ -52,7 +52,7 @@ impl KernelSockets {
         timeout: Option<f64>,
     ) -> PyResult<(RawFd, Bound<'py, PyDict>)> {
         let kind = kind_of(kind)?;
-        let request = SocketRequest { to, port, kind, source: String::new(), source_port: 0 };
+        let request = SocketRequest { to, port, kind, source: String::new(), source_port: 0, ahead: false };
         let brought = with_how(py, Wait::Adaptive, timeout, |how| self.node.connect_socket(&request, how))?;
         let known = PyDict::new(py);
         known.set_item("connection", brought.granted.connection)?;

@@ -43,7 +43,8 @@ pub fn spawn_supervised(py: Python<'_>, words: Vec<OsString>, unblocked: Vec<i32
 /// Answer the calls that wait at a descriptor until nobody is behind it any more, and keep those that are not answered
 /// yet in a file. Both descriptors become this function's.
 #[pyfunction]
-#[pyo3(signature = (calls, ledger, door, program, *, require=false, verbose=false))]
+#[pyo3(signature = (calls, ledger, door, program, *, require=false, verbose=false, rings=false))]
+#[allow(clippy::too_many_arguments, reason = "one call, all by keyword in Python")]
 pub fn supervise(
     py: Python<'_>,
     calls: RawFd,
@@ -52,9 +53,10 @@ pub fn supervise(
     program: &str,
     require: bool,
     verbose: bool,
+    rings: bool,
 ) -> PyResult<()> {
     let (calls, ledger) = (taken(calls)?, Ledger::new(taken(ledger)?.into()));
-    let options = Options { require, verbose };
+    let options = Options { require, verbose, rings };
     py.detach(|| Supervisor::new(calls, ledger, &door, program, options)?.run()).map_err(os_error)
 }
 

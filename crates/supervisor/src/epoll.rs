@@ -3,13 +3,50 @@
 //! The kernel knows a member of an event poll by its file and its number in the table of whoever added it. So the
 //! successor is added by a thread with a table of its own, in which it has the number that it will have in the program.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use isthmus_sys::poll::add_member;
 use isthmus_sys::{seccomp, table};
 
-use crate::target;
+/// A thread that was told to go on with making an event poll has made it by then.
+const MADE: Duration = Duration::from_millis(100);
+/// For so long it is believed that a process has the event polls that it had, if nobody has made one.
+const KNOWN: Duration = Duration::from_secs(10);
+/// Threads whose event polls are remembered.
+const THREADS_MAX: usize = 1024;
+
+/// Where programs have event polls: looking for them costs a call for each of their descriptors.
+#[derive(Default)]
+pub struct Polls {
+    made: Option<Instant>,
+    known: HashMap<i32, (Instant, Vec<RawFd>)>,
+}
+
+impl Polls {
+    /// Somebody makes one.
+    pub fn make(&mut self) {
+        self.made = Some(Instant::now());
+    }
+
+    /// Those of a thread's process, if that is known still.
+    #[must_use]
+    pub fn of(&self, thread: i32) -> Option<Vec<RawFd>> {
+        let (at, polls) = self.known.get(&thread)?;
+        let fresh = at.elapsed() < KNOWN && self.made.is_none_or(|made| *at > made + MADE);
+        fresh.then(|| polls.clone())
+    }
+
+    /// What was found when somebody looked, which was begun then.
+    pub fn note(&mut self, thread: i32, began: Instant, polls: Vec<RawFd>) {
+        if self.known.len() >= THREADS_MAX {
+            self.known.clear();
+        }
+        self.known.insert(thread, (began, polls));
+    }
+}
 
 /// How a program waits for a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,30 +74,46 @@ pub fn member(fdinfo: &str, fd: RawFd, inode: u64) -> Option<Member> {
     })
 }
 
-/// Let `successor` be a member of every event poll of the process in which its descriptor `fd` is one.
+/// Let `successor` be a member of each of these event polls of the process in which its descriptor `fd` is one. Returns
+/// how many those are.
 ///
 /// # Errors
 /// It cannot be, and the connection must stay what it is.
-pub fn follow(thread: i32, fd: RawFd, inode: u64, successor: BorrowedFd<'_>) -> io::Result<()> {
+pub fn follow(
+    thread: i32,
+    all: &[RawFd],
+    fd: RawFd,
+    inode: u64,
+    successor: BorrowedFd<'_>,
+) -> io::Result<usize> {
     let mut polls = Vec::new();
-    for poll in target::epolls_of(thread) {
+    for &poll in all {
         let Ok(text) = std::fs::read_to_string(format!("/proc/{thread}/fdinfo/{poll}")) else { continue };
         if let Some(member) = member(&text, fd, inode) {
             polls.push((seccomp::descriptor_of(thread, poll)?, member));
         }
     }
     if polls.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     // Borrowed, not given: what the thread closed, it would close in its own table alone.
     std::thread::scope(|scope| {
         let added = scope.spawn(|| add_as(fd, successor, &polls));
         added.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
-    })
+    })?;
+    Ok(polls.len())
 }
 
 fn add_as(number: RawFd, successor: BorrowedFd<'_>, polls: &[(OwnedFd, Member)]) -> io::Result<()> {
     table::unshare()?;
+    let added = add_in_own_table(number, successor, polls);
+    // A thread ends a little before its table does, and the program's old socket is in that too.
+    // SAFETY: this thread's table is its own, and nothing is done with it any more.
+    unsafe { table::close_all() };
+    added
+}
+
+fn add_in_own_table(number: RawFd, successor: BorrowedFd<'_>, polls: &[(OwnedFd, Member)]) -> io::Result<()> {
     // Copies out of the way of the number. Until the thread ends, what it shared before lies in its table too.
     let above = |fd: BorrowedFd<'_>| table::copy_above(fd, number.saturating_add(1));
     let successor = above(successor)?;
@@ -79,6 +132,21 @@ fn add_as(number: RawFd, successor: BorrowedFd<'_>, polls: &[(OwnedFd, Member)])
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn event_polls_are_looked_for_again_when_somebody_has_made_one() {
+        let mut polls = Polls::default();
+        assert_eq!(polls.of(7), None);
+        polls.note(7, Instant::now(), vec![5]);
+        assert_eq!((polls.of(7), polls.of(8)), (Some(vec![5]), None));
+        polls.make();
+        assert_eq!(polls.of(7), None);
+        // Looked for so soon that it may not have been there yet.
+        polls.note(7, Instant::now(), vec![5]);
+        assert_eq!(polls.of(7), None);
+        polls.note(7, Instant::now() + 2 * MADE, vec![5, 6]);
+        assert_eq!(polls.of(7), Some(vec![5, 6]));
+    }
 
     #[test]
     fn a_member_is_found_by_number_and_file() {

@@ -6,7 +6,9 @@ use std::os::fd::OwnedFd;
 use isthmus_sys::seccomp::{self, Filter};
 use isthmus_sys::signals;
 
-/// Calls that are always asked about. `io_uring_setup` because what is done through a ring is not seen here.
+/// Calls that are always asked about. `io_uring_setup` because what is done through a ring is not seen here; the
+/// making of event polls because sockets in them have to be followed; changes of users because we may be unable to look
+/// into a program afterwards.
 const CALLS: &[libc::c_long] = &[
     libc::SYS_connect,
     libc::SYS_listen,
@@ -15,6 +17,14 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     libc::SYS_io_uring_setup,
+    libc::SYS_epoll_create,
+    libc::SYS_epoll_create1,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setreuid,
+    libc::SYS_setregid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
 ];
 
 /// The filter of supervised programs.

@@ -11,6 +11,7 @@
 //! Read in this order: [`filter`], [`supervisor`], [`connect`], [`listen`], [`questions`], [`epoll`].
 
 pub mod address;
+mod ahead;
 pub mod connect;
 pub mod epoll;
 mod fallback;

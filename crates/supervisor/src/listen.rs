@@ -63,6 +63,14 @@ impl Knock {
         }
     }
 
+    /// The port that it is for, unless it is TCP's own.
+    pub fn port(&self) -> Option<u32> {
+        match &self.waiting {
+            Waiting::Neighbour(visitor) => Some(visitor.brought.granted.port),
+            Waiting::Tcp(..) => None,
+        }
+    }
+
     /// For a broker that was started again: a copy of the socket that waits.
     pub fn brought(&self) -> Option<Brought> {
         let Waiting::Neighbour(visitor) = &self.waiting else { return None };
@@ -105,6 +113,9 @@ impl Supervisor {
         };
         // Nobody outside this network reaches it, whatever path there is.
         if address.ip().is_loopback() {
+            return Verdict::Is(Answer::Value(0));
+        }
+        if self.state().hidden.contains(&descriptor.inode) {
             return Verdict::Is(Answer::Value(0));
         }
         let v6_only = inet::is_v6_only(socket.as_fd());
@@ -175,6 +186,10 @@ impl Supervisor {
         let waiting = {
             let mut state = self.state();
             let Some(lease) = state.leases.get_mut(&port) else { return };
+            if lease.held && result.is_err() {
+                // It was asked for twice, by a program and when the broker came, and this is the second answer.
+                return;
+            }
             lease.held = result.is_ok();
             lease.until = None;
             std::mem::take(&mut lease.waiting)
@@ -203,25 +218,39 @@ impl Supervisor {
     }
 
     /// Somebody comes. On the engine's thread.
-    pub(crate) fn visit(&self, visitor: Visitor) -> Result<(), Refusal> {
+    pub(crate) fn visit(&self, visitor: Box<Visitor>) -> Result<(), (Refusal, Box<Visitor>)> {
         let port = visitor.brought.granted.port as u16;
         let named: Option<IpAddr> = visitor.destination.parse().ok();
-        let suits = |listener: &&Listener| {
-            listener.address.port() == port && named.is_none_or(|named| listener.takes(named))
+        // Of several that take it the kernel prefers the one of its own address, then the one of its own family.
+        let wanted = named.or_else(|| visitor.source.parse().ok());
+        let fit = |listener: &Listener| {
+            let ip = listener.address.ip();
+            let takes = listener.address.port() == port && named.is_none_or(|named| listener.takes(named));
+            takes.then(|| {
+                (Some(ip) != named, wanted.is_some_and(|wanted| wanted.is_ipv4() != ip.is_ipv4()), ip)
+            })
         };
-        let address = self.state().listeners.values().find(suits).map(|listener| listener.address);
-        let address = address.ok_or(Refusal::NobodyListens)?;
+        let best = {
+            let state = self.state();
+            state.listeners.values().filter_map(|listener| Some((fit(listener)?, listener.address))).min()
+        };
+        let address = best.map(|(_, address)| address);
+        let Some(address) = address else { return Err((Refusal::NobodyListens, visitor)) };
         let towards = SocketAddr::new(named.unwrap_or(reachable(address).ip()), port);
-        match self.knock(towards, Waiting::Neighbour(Box::new(visitor))).map_err(|error| error.kind()) {
-            Ok(true) => Ok(()),
-            Err(io::ErrorKind::AddrNotAvailable) => Err(Refusal::WrongAddress),
-            Err(io::ErrorKind::ConnectionRefused) => {
+        let (error, visitor) = match self.knock(towards, Waiting::Neighbour(visitor)) {
+            Err((error, Waiting::Neighbour(visitor))) => (error, visitor),
+            _ => return Ok(()),
+        };
+        let refusal = match error.kind() {
+            io::ErrorKind::AddrNotAvailable => Refusal::WrongAddress,
+            io::ErrorKind::ConnectionRefused => {
                 // It was closed, most likely, which nobody told us of.
                 self.sweep();
-                Err(Refusal::NobodyListens)
+                Refusal::NobodyListens
             }
-            Ok(false) | Err(_) => Err(Refusal::BacklogFull),
-        }
+            _ => Refusal::BacklogFull,
+        };
+        Err((refusal, visitor))
     }
 
     /// Give a port back if no listener uses it.
@@ -237,12 +266,17 @@ impl Supervisor {
         }
     }
 
-    /// Connect to a listener of this network, on behalf of who waits. `false`: it has no room.
-    fn knock(&self, listener: SocketAddr, waiting: Waiting) -> io::Result<bool> {
-        let socket = inet::bound(listener.ip())?;
-        let from = canonical(inet::local_address(socket.as_fd())?);
+    /// Connect to a listener of this network, on behalf of who waits. `WouldBlock`: it has no room.
+    fn knock(&self, listener: SocketAddr, waiting: Waiting) -> Result<(), (io::Error, Waiting)> {
+        let begun = inet::bound(listener.ip()).and_then(|socket| {
+            let from = canonical(inet::local_address(socket.as_fd())?);
+            Ok((socket.try_clone()?, socket, from))
+        });
         // Known before it can be accepted, and without the lock while it is under way.
-        let copy = socket.try_clone()?;
+        let (copy, socket, from) = match begun {
+            Ok(begun) => begun,
+            Err(error) => return Err((error, waiting)),
+        };
         let token = {
             let mut state = self.state();
             let token = state.new_token();
@@ -253,15 +287,14 @@ impl Supervisor {
         // unread leaves no trace in the kernel's tables, which are not endless.
         let completed = inet::begin(copy.as_fd(), listener)
             .and_then(|()| inet::completed(copy.as_fd(), KNOCK_LIMIT))
-            .and_then(
-                |completed| if completed { inet::send_byte(copy.as_fd()).map(|()| true) } else { Ok(false) },
-            );
-        match completed {
+            .and_then(|completed| if completed { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) })
+            .and_then(|()| inet::send_byte(copy.as_fd()))
             // Not before: what is not connected yet counts as hung up.
-            Ok(true) => self.set.add(copy.as_fd(), token)?,
-            _ => drop(self.state().knocks.remove(&from)),
-        }
-        completed
+            .and_then(|()| self.set.add(copy.as_fd(), token));
+        let Err(error) = completed else { return Ok(()) };
+        let knock = self.state().knocks.remove(&from);
+        // Or it was accepted all the same.
+        knock.map_or(Ok(()), |knock| Err((error, knock.waiting)))
     }
 
     /// The listener of a knock was closed, or its program is gone: so is who waited.
@@ -281,7 +314,16 @@ impl Supervisor {
 
     pub(crate) fn accept(&self, call: Call, flags: i32) -> Verdict {
         let fd = call.arguments[0] as RawFd;
-        let Ok(descriptor) = target::look(call.thread, fd) else { return Verdict::Untouched };
+        let descriptor = match target::look(call.thread, fd) {
+            Ok(descriptor) => descriptor,
+            Err(error) => {
+                if target::is_hidden(&error) {
+                    // Whichever it is that it accepts at.
+                    self.hide(|_| true);
+                }
+                return Verdict::Untouched;
+            }
+        };
         let inode = descriptor.inode;
         if !self.state().listeners.contains_key(&inode) {
             return Verdict::Untouched;
@@ -415,7 +457,7 @@ impl Supervisor {
         if let Waiting::Neighbour(visitor) = &waiting {
             let local = local_of(visitor, bound.ok().map(canonical));
             let granted = visitor.brought.granted.clone();
-            let entry = Exchanged { local, peer: from, v6, told: true, granted, set: HashMap::new() };
+            let entry = Exchanged { local, peer: from, v6, asked_again: false, granted, set: HashMap::new() };
             if self.exchanged(socket.as_fd(), entry).is_err() {
                 return Verdict::Is(Answer::Errno(libc::ENOBUFS));
             }

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,10 +14,12 @@ use isthmus_engine::node::sockets::{Brought, Granted, Host, Visitor};
 use isthmus_engine::node::{Attachment, Node};
 use isthmus_sys::poll::{Flag, Set};
 use isthmus_sys::seccomp::{self, Answer, Call};
-use isthmus_sys::{inet, packet};
+use isthmus_sys::{inet, packet, poll};
 
 use crate::address::may_be_a_neighbour;
-use crate::connect::Connect;
+use crate::ahead::{Ahead, Held};
+use crate::connect::{Connect, HIDDEN, Routes};
+use crate::epoll::Polls;
 use crate::fallback::Fallbacks;
 use crate::ledger::{self, Ledger};
 use crate::listen::{Accept, Knock, Lease, Listener};
@@ -41,6 +43,8 @@ pub struct Options {
     pub require: bool,
     /// A line for each connection on standard error.
     pub verbose: bool,
+    /// Let programs make rings (`io_uring`), and be reached over TCP once one has.
+    pub rings: bool,
 }
 
 /// What becomes of a call.
@@ -60,8 +64,8 @@ pub(crate) struct Exchanged {
     pub peer: SocketAddr,
     /// The program believes that it has an IPv6 socket.
     pub v6: bool,
-    /// Its `connect` has returned.
-    pub told: bool,
+    /// Its program has called `connect` once more.
+    pub asked_again: bool,
     pub granted: Granted,
     /// What the program set that only TCP knows: by level and option.
     pub set: HashMap<(i32, i32), Vec<u8>>,
@@ -75,6 +79,16 @@ pub(crate) struct State {
     /// Our own connections to listeners, by where they come from.
     pub knocks: HashMap<SocketAddr, Knock>,
     pub accepts: Vec<Accept>,
+    /// Listeners of programs that cannot be looked into: who accepts there is not seen.
+    pub hidden: HashSet<u64>,
+    pub polls: Polls,
+    pub routes: Routes,
+    /// Connections made ahead: by what the loop calls them, those that somebody may come through; and those for our
+    /// own programs.
+    pub held: HashMap<u64, Held>,
+    pub ahead: Ahead,
+    /// Those that somebody has come through, and the broker was not told of by us.
+    pub used: Vec<u64>,
     next_token: u64,
     /// By inode.
     pub exchanged: HashMap<u64, Exchanged>,
@@ -104,6 +118,8 @@ pub struct Supervisor {
     calls: OwnedFd,
     ledger: Ledger,
     pub(crate) options: Options,
+    /// We may look into programs of any user.
+    may_trace: bool,
     state: Mutex<State>,
     living: Living,
     node: OnceLock<Arc<Attachment>>,
@@ -127,6 +143,7 @@ impl Supervisor {
             calls,
             ledger,
             options,
+            may_trace: isthmus_sys::capability::may_trace(),
             state: Mutex::default(),
             living: Living::new()?,
             node: OnceLock::new(),
@@ -169,13 +186,14 @@ impl Supervisor {
             let mut until = addresses_at;
             {
                 let state = self.state();
-                if !state.fallbacks.is_empty() {
+                if !state.fallbacks.is_empty() || !state.used.is_empty() {
                     until = until.min(fallbacks_at);
                 }
                 let connects = state.connects.values().map(|connect| connect.until);
                 let leases = state.leases.values().filter_map(|lease| lease.until);
                 let accepts = state.accepts.iter().filter_map(|accept| accept.until);
-                until = connects.chain(leases).chain(accepts).fold(until, Instant::min);
+                let ahead = state.held.values().map(Held::next).chain(state.ahead.next());
+                until = connects.chain(leases).chain(accepts).chain(ahead).fold(until, Instant::min);
             }
             events.clear();
             match self.set.wait(Some(until.saturating_duration_since(now)), &mut events) {
@@ -190,6 +208,7 @@ impl Supervisor {
                         self.tell_fallbacks();
                         return Ok(());
                     }
+                    token if self.held_ready(token) => {}
                     token => self.accept_ready(token, ready.hung_up),
                 }
             }
@@ -210,6 +229,16 @@ impl Supervisor {
             libc::SYS_getsockopt => self.option(call),
             libc::SYS_setsockopt => self.set_option(call),
             libc::SYS_io_uring_setup => self.ring(),
+            libc::SYS_epoll_create | libc::SYS_epoll_create1 => {
+                self.state().polls.make();
+                Verdict::Untouched
+            }
+            libc::SYS_setuid => self.change_user(call, 1, "Uid:"),
+            libc::SYS_setreuid => self.change_user(call, 2, "Uid:"),
+            libc::SYS_setresuid => self.change_user(call, 3, "Uid:"),
+            libc::SYS_setgid => self.change_user(call, 1, "Gid:"),
+            libc::SYS_setregid => self.change_user(call, 2, "Gid:"),
+            libc::SYS_setresgid => self.change_user(call, 3, "Gid:"),
             _ => Verdict::Untouched,
         };
         self.settle(call, verdict);
@@ -265,7 +294,8 @@ impl Supervisor {
     }
 
     pub(crate) fn say(&self, text: impl FnOnce() -> String) {
-        if self.options.verbose {
+        // A line that nobody takes must hold nobody up.
+        if self.options.verbose && poll::has_room(std::io::stderr().as_fd()) {
             eprintln!("isthmus run: {}", text());
         }
     }
@@ -273,7 +303,11 @@ impl Supervisor {
     /// A program has this socket now.
     pub(crate) fn exchanged(&self, socket: BorrowedFd<'_>, entry: Exchanged) -> io::Result<()> {
         let inode = inet::inode_of(socket)?;
-        self.living.add(socket, inode)?;
+        match self.living.add(socket, inode) {
+            // It could not be given to who accepted it, and is given to the next.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
         self.state().exchanged.insert(inode, entry);
         self.sweep_when_many();
         Ok(())
@@ -297,10 +331,14 @@ impl Supervisor {
         }
     }
 
+    /// Of what was seen of programs, what one of them still has.
+    pub(crate) fn living_now(&self) -> io::Result<HashSet<u64>> {
+        Ok(self.living.tokens()?.into_iter().collect())
+    }
+
     /// Forget what programs have closed.
     pub(crate) fn sweep(&self) {
-        let Ok(living) = self.living.tokens() else { return };
-        let living: HashSet<u64> = living.into_iter().collect();
+        let Ok(living) = self.living_now() else { return };
         let mut state = self.state();
         state.exchanged.retain(|inode, _| living.contains(inode));
         let closed: Vec<SocketAddr> = {
@@ -308,6 +346,7 @@ impl Supervisor {
             closed.map(|(_, listener)| listener.address).collect()
         };
         state.listeners.retain(|inode, _| living.contains(inode));
+        state.hidden.retain(|inode| living.contains(inode));
         state.sweep_at = 2 * (state.exchanged.len() + state.listeners.len());
         drop(state);
         for address in &closed {
@@ -337,13 +376,20 @@ impl Supervisor {
             let why = format!("the broker did not answer within {} s", ANSWER_LIMIT.as_secs());
             self.settle(connect.call, Verdict::Fallback(connect.address, why));
         }
+        self.look_after_held(now);
         self.give_up_leases(now);
         self.give_up_accepts(now);
     }
 
     fn tell_fallbacks(&self) {
         let Some(node) = self.node() else { return };
-        let counts = self.state().fallbacks.take();
+        let (counts, used) = {
+            let mut state = self.state();
+            (state.fallbacks.take(), std::mem::take(&mut state.used))
+        };
+        for connection in used {
+            node.take_socket(connection);
+        }
         for ((address, refused, why), count) in counts {
             node.tell_fallback(
                 &address.ip().to_canonical().to_string(),
@@ -377,8 +423,67 @@ impl Supervisor {
         node.tell_addresses_then(&own.join(" "), Box::new(then));
     }
 
+    /// The event polls of a thread's process.
+    pub(crate) fn polls_of(&self, thread: i32) -> Vec<RawFd> {
+        let known = self.state().polls.of(thread);
+        known.unwrap_or_else(|| {
+            let began = Instant::now();
+            let found = target::epolls_of(thread);
+            self.state().polls.note(thread, began, found.clone());
+            found
+        })
+    }
+
+    /// A process changes one of its users. If nobody here may look into it then, nobody sees what it accepts; an accept
+    /// would meet a knock.
+    fn change_user(&self, call: Call, count: usize, field: &str) -> Verdict {
+        let wanted: Vec<u32> = call.arguments.iter().take(count).map(|id| *id as u32).collect();
+        if self.may_trace || target::changes_user(call.thread, &wanted, field) == Some(false) {
+            return Verdict::Untouched;
+        }
+        let sockets = target::socket_inodes(call.thread);
+        self.hide(|inode| sockets.contains(&inode));
+        Verdict::Untouched
+    }
+
+    /// Neighbours reach these listeners over TCP from now on.
+    pub(crate) fn hide(&self, is_meant: impl Fn(u64) -> bool) {
+        let ports: Vec<u16> = {
+            let mut state = self.state();
+            let meant: Vec<u64> = state.listeners.keys().copied().filter(|inode| is_meant(*inode)).collect();
+            state.hidden.extend(&meant);
+            meant.iter().filter_map(|inode| state.listeners.remove(inode)).map(|l| l.address.port()).collect()
+        };
+        if ports.is_empty() {
+            return;
+        }
+        let is_of = |connection: Option<u32>| connection.is_some_and(|port| ports.contains(&(port as u16)));
+        let knocks: Vec<Knock> = {
+            let mut state = self.state();
+            for port in &ports {
+                let nowhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), *port);
+                state.fallbacks.count(nowhere, false, &format!("listen: {HIDDEN}"));
+            }
+            state.held.retain(|_, held| !is_of(Some(held.port())));
+            let meant = state.knocks.iter().filter(|(_, knock)| is_of(knock.port())).map(|(from, _)| *from);
+            let meant: Vec<SocketAddr> = meant.collect();
+            meant.iter().filter_map(|from| state.knocks.remove(from)).collect()
+        };
+        drop(knocks);
+        for port in &ports {
+            self.give_back_unused(*port);
+            self.say(|| format!("listen on port {port}: TCP alone: {HIDDEN}"));
+        }
+        self.let_go(|accept| is_meant(accept.inode));
+        self.wake();
+    }
+
     /// What is done through a ring is not seen here: an accept there would meet a knock.
     fn ring(&self) -> Verdict {
+        if !self.options.rings {
+            // As where container runtimes refuse them: programs that could make use of one do without.
+            return Verdict::Is(Answer::Errno(libc::ENOSYS));
+        }
         let (leases, knocks) = {
             let mut state = self.state();
             state.rings = true;
@@ -406,7 +511,13 @@ struct Engine(Arc<Supervisor>);
 impl Host for Engine {
     fn incoming(&self, node: &Arc<Node>, visitor: Visitor) {
         let connection = visitor.brought.granted.connection;
-        match self.0.visit(visitor) {
+        let visitor = Box::new(visitor);
+        let taken = if visitor.ahead {
+            self.0.hold(visitor)
+        } else {
+            self.0.visit(visitor).map_err(|(refusal, _)| refusal)
+        };
+        match taken {
             Ok(()) => drop(node.accept_socket(connection, None)),
             Err(refusal) => node.refuse(connection, refusal),
         }
@@ -417,7 +528,12 @@ impl Host for Engine {
         let meant = |(_, entry): &(&u64, &Exchanged)| entry.granted.connection == connection;
         let inodes: Vec<u64> = state.exchanged.iter().filter(meant).map(|(inode, _)| *inode).collect();
         drop(state);
-        self.0.state().knocks.retain(|_, knock| knock.connection() != Some(connection));
+        {
+            let mut state = self.0.state();
+            state.knocks.retain(|_, knock| knock.connection() != Some(connection));
+            state.held.retain(|_, held| held.connection() != connection);
+            state.ahead.cut(connection);
+        }
         if inodes.is_empty() {
             return;
         }
@@ -432,6 +548,10 @@ impl Host for Engine {
         {
             let mut state = self.0.state();
             (state.stuck, state.asked) = (false, false);
+            // Another broker does not know them.
+            state.ahead.forget();
+            state.held.retain(|_, held| held.is_knocking());
+            state.used.clear();
         }
         self.0.tell_addresses(node);
         self.0.lease_all(node);
@@ -439,7 +559,11 @@ impl Host for Engine {
     }
 
     fn held(&self) -> Vec<Brought> {
-        let mut queued: Vec<Brought> = self.0.state().knocks.values().filter_map(Knock::brought).collect();
+        let mut queued: Vec<Brought> = {
+            let state = self.0.state();
+            let knocks = state.knocks.values().filter_map(Knock::brought);
+            knocks.chain(state.held.values().filter_map(Held::brought)).collect()
+        };
         let inodes: HashSet<u64> = self.0.state().exchanged.keys().copied().collect();
         if inodes.is_empty() {
             return queued;

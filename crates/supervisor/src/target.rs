@@ -1,8 +1,9 @@
 //! What the process behind a call has: its descriptors, its memory.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::SocketAddr;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use isthmus_sys::{inet, seccomp};
@@ -23,7 +24,7 @@ pub struct Descriptor {
 /// # Errors
 /// There is none of this number, or we may not look.
 pub fn look(thread: i32, fd: RawFd) -> io::Result<Descriptor> {
-    let text = std::fs::read_to_string(format!("/proc/{thread}/fdinfo/{fd}"))?;
+    let text = read_short(format!("/proc/{thread}/fdinfo/{fd}"))?;
     let field = |name| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let flags = field("flags:").and_then(|text| i32::from_str_radix(text, 8).ok());
     let flags = flags.ok_or(io::ErrorKind::InvalidData)?;
@@ -39,13 +40,59 @@ pub fn look(thread: i32, fd: RawFd) -> io::Result<Descriptor> {
     })
 }
 
-/// The address that a program passed. None: of another family, or not readable.
+/// What Linux says in a few lines: in one read, which is all that is needed of a file that is made for it.
+fn read_short(path: String) -> io::Result<String> {
+    let mut bytes = [0; 1024];
+    let len = File::open(path)?.read(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes[..len]).into_owned())
+}
+
+/// A socket of the process that a thread belongs to, before it is exchanged.
+pub struct Held {
+    pub socket: OwnedFd,
+    pub inode: u64,
+    pub nonblocking: bool,
+}
+
+/// Take a copy of a descriptor.
+///
+/// # Errors
+/// There is none of this number, or we may not.
+pub fn hold(thread: i32, fd: RawFd) -> io::Result<Held> {
+    let socket = seccomp::descriptor_of(thread, fd)?;
+    let inode = inet::inode_of(socket.as_fd())?;
+    let nonblocking = inet::is_nonblocking(socket.as_fd())?;
+    Ok(Held { socket, inode, nonblocking })
+}
+
+/// May we not look into a process? It has changed its user, most likely, and we may not trace.
 #[must_use]
-pub fn read_address(thread: i32, at: u64, len: u64) -> Option<SocketAddr> {
+pub fn is_hidden(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+}
+
+/// The address that a program passed. None: of another family, or not readable for the program either.
+///
+/// # Errors
+/// We may not look into the process.
+pub fn read_address(thread: i32, at: u64, len: u64) -> io::Result<Option<SocketAddr>> {
     let mut bytes = [0; ADDRESS_MAX];
-    let len = usize::try_from(len).ok()?.min(ADDRESS_MAX);
-    seccomp::read_memory(thread, at, &mut bytes[..len]).ok()?;
-    address::decode(&bytes[..len])
+    let len = usize::try_from(len).unwrap_or(usize::MAX).min(ADDRESS_MAX);
+    match seccomp::read_memory(thread, at, &mut bytes[..len]) {
+        Ok(()) => Ok(address::decode(&bytes[..len])),
+        Err(error) if is_hidden(&error) => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Would a call that changes users or groups change one of this process? `None`: it cannot be said.
+#[must_use]
+pub fn changes_user(thread: i32, wanted: &[u32], field: &str) -> Option<bool> {
+    let text = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    let now: Vec<u32> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    // All ones mean: as it is.
+    Some(wanted.iter().any(|id| *id != u32::MAX && now.iter().any(|known| known != id)))
 }
 
 /// Write an address, or as much of it as the program has room for, and how long it is, as `accept` and `getpeername` do.
@@ -82,6 +129,18 @@ pub fn find_sockets(wanted: &dyn Fn(u64) -> bool) -> Vec<(u64, OwnedFd)> {
         }
     }
     found
+}
+
+/// The inodes of the sockets that a process has.
+#[must_use]
+pub fn socket_inodes(thread: i32) -> Vec<u64> {
+    let directory = Path::new("/proc").join(thread.to_string()).join("fd");
+    let links =
+        numbers_in(&directory).into_iter().map(|fd| std::fs::read_link(directory.join(fd.to_string())));
+    links
+        .flatten()
+        .filter_map(|link| link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok())
+        .collect()
 }
 
 /// Descriptors of a process by kind: those that are event polls.

@@ -13,8 +13,8 @@ use isthmus_wire::control::{self, ANY_PORT, Carrier, FEATURE_GUEST, MESSAGE_MAX,
 use isthmus_wire::vsock::{SEQ_EOM, SEQPACKET};
 
 use crate::attachment::Asked;
-use crate::bridge::Bell;
-use crate::flow::{ACCEPTER, By, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, State};
+use crate::bridge::{Bell, Outside};
+use crate::flow::{ACCEPTER, By, End, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, State};
 use crate::home::{ANSWER, packet_kind, socket_kind};
 use crate::seat::{Begun, RUNS_MAX, SEATS_MAX};
 use crate::switch::{Place, Switch};
@@ -55,6 +55,7 @@ impl Switch {
             ServiceKind::Control(attachment) => self.pass_to_broker(attachment, id, &packet),
             ServiceKind::Seats => self.handle_seats(cid, id, &packet),
             ServiceKind::Bell(seat) => self.handle_bell(cid, id, seat, packet),
+            ServiceKind::Socket => self.handle_socket(cid, id, packet),
         };
         if good.is_none() {
             self.end_flow(id, By::Nobody);
@@ -110,6 +111,11 @@ impl Switch {
             }
             Message::Accept { connection, .. } => {
                 let seat = self.attachments.get_mut(&id)?.seat.take();
+                if self.end_of(cid, End { connection, opener: false }).is_some() {
+                    self.attachments.get_mut(&id)?.pass(request, &message, &[]);
+                    self.watch_blocked(id);
+                    return Some(());
+                }
                 match self.asked_of(id, cid, connection) {
                     Some(flow) if self.program_accepts(flow, seat).is_none() => {
                         self.end_flow(flow, By::Nobody);
@@ -124,7 +130,9 @@ impl Switch {
                 }
             }
             Message::Refuse { connection, refusal } => {
-                if let Some(flow) = self.asked_of(id, cid, connection) {
+                if self.drop_end(cid, End { connection, opener: false }) {
+                    self.attachments.get_mut(&id)?.pass(request, &message, &[]);
+                } else if let Some(flow) = self.asked_of(id, cid, connection) {
                     self.refuse(flow, refusal);
                     self.end_flow(flow, By::Nobody);
                 }
@@ -143,6 +151,7 @@ impl Switch {
                 let descriptors: Vec<_> = page.iter().map(std::os::fd::AsFd::as_fd).collect();
                 attachment.pass_asked(Asked::Resume(connection), request, &message, &descriptors);
             }
+            Message::ResumeSocket { .. } => self.pass_resumed(id, request, &message)?,
             Message::Bind { port: ANY_PORT, .. } => {
                 let text = "bind: only the switch stands for all ports of a guest";
                 let refused = Message::Refused { refusal: Refusal::BadRequest, rule: 0, text };
@@ -190,6 +199,12 @@ impl Switch {
                         return Some(());
                     }
                 }
+            }
+            Message::IncomingSocket { connection, from, .. } => {
+                self.keep_end(cid, End { connection, opener: false }, from, descriptors)?;
+            }
+            Message::ConnectedSocket { connection, to, .. } => {
+                self.keep_end(cid, End { connection, opener: true }, to, descriptors)?;
             }
             Message::Cut { connection, .. } => self.cut(cid, connection),
             Message::Terms { connection, class, weight, rate } => {
@@ -318,7 +333,7 @@ impl Switch {
             let ours = flow.held[side].as_ref().is_some_and(|held| held.attachment == attachment);
             if ours {
                 flow.held[side] = None;
-                if let Some(bridge) = flow.bridge(side) {
+                if let Side::Lane(bridge) = &mut flow.sides[side] {
                     bridge.lose();
                 }
                 break;
@@ -476,7 +491,7 @@ impl Switch {
     /// Wake the program in a guest on this side, if its lane says so.
     pub(crate) fn ring_guest(&mut self, id: FlowId, side: usize) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        if !flow.bridge(side).is_some_and(|bridge| bridge.must_ring()) {
+        if !flow.outside(side).is_some_and(|outside| outside.must_ring()) {
             return;
         }
         let (cid, seat) = (flow.key_of(side).cid, flow.seats[side]);
@@ -547,14 +562,15 @@ impl Switch {
                         return self.answer_agent(agent, 0, &Message::SeatFree { seat });
                     };
                     // The program has closed, or is gone: its side says no more.
-                    if let Some(bridge) = self.flows.get_mut(&flow).and_then(|flow| flow.bridge(side)) {
+                    let side_of = self.flows.get_mut(&flow).map(|flow| &mut flow.sides[side]);
+                    if let Some(Side::Lane(bridge)) = side_of {
                         bridge.lose();
                     }
                     self.look_at_lane(flow, side);
                     self.mark(flow);
                 }
             }
-            ServiceKind::Bell(None) => {}
+            ServiceKind::Bell(None) | ServiceKind::Socket => {}
         }
     }
 }

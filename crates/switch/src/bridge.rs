@@ -60,6 +60,38 @@ pub enum Front {
     Broken,
 }
 
+/// What the switch holds of a program that has no socket in a guest: its lanes, or a kernel socket.
+pub trait Outside {
+    /// The descriptor to wait for, if there is one.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>>;
+    /// Must a program in a guest be woken? Once, when this says so.
+    fn must_ring(&self) -> bool;
+    /// Hear the descriptor, and note when the program is gone.
+    fn hear(&mut self);
+    /// The program closed its side, or died.
+    fn gone(&self) -> bool;
+    /// Everything the guest sent is with the program.
+    fn flushed(&self) -> bool;
+    /// Bytes from the guest; `end`: a message ends with them. Returns how many were taken now.
+    fn put(&mut self, payload: &mut Cursor<'_>, end: bool) -> Taken;
+    /// Move on what waits. Returns how many bytes were taken.
+    fn push(&mut self) -> Taken;
+    /// The guest sends no more.
+    fn finish(&mut self);
+    /// The guest receives no more.
+    fn stop(&mut self, reset: bool);
+    /// What the program still takes, as a lane says it.
+    fn takes(&self) -> u32;
+    /// The next bytes for the guest. They stay until [`Outside::took`].
+    fn front(&mut self) -> Front;
+    /// The guest has so many bytes of the front.
+    fn took(&mut self, len: usize);
+    /// Ask to be woken when there is more. `true`: there is some already.
+    fn listen(&mut self) -> bool;
+    /// Both directions end.
+    fn close(&mut self, reset: bool);
+}
+
 /// The lane broke, or the program takes no more: what became of bytes for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
@@ -86,21 +118,6 @@ impl Bridge {
         }
     }
 
-    /// The descriptor to wait for, if the bell has one.
-    #[must_use]
-    pub fn bell(&self) -> Option<BorrowedFd<'_>> {
-        match &self.bell {
-            Bell::Socket(socket) => Some(socket.as_fd()),
-            Bell::Guest(_) => None,
-        }
-    }
-
-    /// Must a program in a guest be woken? Once, when this says so.
-    #[must_use]
-    pub fn must_ring(&self) -> bool {
-        matches!(&self.bell, Bell::Guest(rings) if rings.replace(false))
-    }
-
     fn ring(&self, ring: Ring) {
         match (&self.bell, ring) {
             (_, Ring::Quiet) => {}
@@ -115,154 +132,10 @@ impl Bridge {
         self.gone = true;
     }
 
-    /// Hear the bell: empties it, and notes when the program is gone.
-    pub fn hear(&mut self) {
-        let Bell::Socket(socket) = &self.bell else { return };
-        let mut buffer = [0; 64];
-        // Not without end: whoever rings all the time is heard again in the next turn.
-        for _ in 0..4 {
-            match packet::pull(socket.as_fd(), &mut buffer) {
-                Ok(0) => return self.gone = true,
-                Ok(_) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-                Err(_) => return self.gone = true,
-            }
-        }
-    }
-
-    /// The program closed its side, or died.
-    #[must_use]
-    pub fn gone(&self) -> bool {
-        self.gone
-    }
-
-    /// Everything the guest sent is in the lane.
-    #[must_use]
-    pub fn flushed(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
-    /// Bytes from the guest; `end`: a message ends with them. Returns how many the lane took now.
-    pub fn put(&mut self, payload: &mut Cursor<'_>, end: bool) -> Taken {
-        let mut taken = 0;
-        if self.waiting.is_empty() && !self.message {
-            let mut parts: Vec<(*const u8, usize)> = Vec::new();
-            while let Some((start, len)) = payload.next(usize::MAX) {
-                parts.push((start.cast_const(), len));
-            }
-            // SAFETY: the pieces are in a guest's memory, mapped while its packet is handled.
-            let mut source = unsafe { Source::new(&parts) };
-            let Ok(written) = self.ends.tx.write_stream(&mut source) else { return Taken::Broken };
-            let waiting = &mut self.waiting;
-            source.take(source.left(), |start, len| {
-                // SAFETY: as above.
-                waiting.extend(unsafe { std::slice::from_raw_parts(start, len) });
-            });
-            self.ring(written.ring);
-            taken = written.bytes;
-        } else {
-            let before = self.waiting.len();
-            while let Some((start, len)) = payload.next(usize::MAX) {
-                // SAFETY: as above.
-                self.waiting.extend(unsafe { std::slice::from_raw_parts(start, len) });
-            }
-            self.begun += self.waiting.len() - before;
-            if self.message && end {
-                self.messages.push_back(std::mem::take(&mut self.begun));
-            }
-            if self.messages.len() > MESSAGES_MAX {
-                return Taken::Broken;
-            }
-        }
-        match self.push() {
-            Taken::Bytes(more) => Taken::Bytes(taken + more),
-            Taken::Broken => Taken::Broken,
-        }
-    }
-
-    /// Move what waits into the lane. Returns how many bytes it took.
-    pub fn push(&mut self) -> Taken {
-        let mut taken = 0;
-        loop {
-            let len = match (self.message, self.messages.front()) {
-                (true, Some(len)) => *len,
-                (false, _) if !self.waiting.is_empty() => self.waiting.len(),
-                _ => break,
-            };
-            let (front, back) = self.waiting.as_slices();
-            let first = front.len().min(len);
-            let parts = [(front.as_ptr(), first), (back.as_ptr(), len - first)];
-            // SAFETY: both are slices of ours; `len` is at most what waits.
-            let mut source = unsafe { Source::new(&parts) };
-            let tx = &mut self.ends.tx;
-            let written = if self.message {
-                tx.write_message(&mut source).ok().and_then(Result::ok)
-            } else {
-                tx.write_stream(&mut source).ok()
-            };
-            let Some(written) = written else { return Taken::Broken };
-            self.waiting.drain(..written.bytes);
-            taken += written.bytes;
-            self.ring(written.ring);
-            if self.message && written.all {
-                self.messages.pop_front();
-            }
-            if !written.all {
-                if self.ends.tx.arm().is_err() {
-                    return Taken::Broken;
-                }
-                if !self.ends.tx.has_space() {
-                    break;
-                }
-            }
-        }
-        if self.finish && self.waiting.is_empty() {
-            self.finish_now();
-        }
-        Taken::Bytes(taken)
-    }
-
-    /// The guest sends no more.
-    pub fn finish(&mut self) {
-        self.finish = true;
-        if self.waiting.is_empty() {
-            self.finish_now();
-        }
-    }
-
     fn finish_now(&mut self) {
         if !self.ends.tx.finished() {
             let ring = self.ends.tx.finish().unwrap_or(Ring::Bell);
             self.ring(ring);
-        }
-    }
-
-    /// The guest receives no more.
-    pub fn stop(&mut self, reset: bool) {
-        let ring = self.ends.rx.stop(if reset { RESET } else { TAKES_NOTHING }).unwrap_or(Ring::Bell);
-        self.ring(ring);
-    }
-
-    /// What the program still takes, as a lane says it.
-    #[must_use]
-    pub fn takes(&self) -> u32 {
-        self.ends.tx.peer_takes()
-    }
-
-    /// The next bytes for the guest. They stay until [`Bridge::took`].
-    pub fn front(&mut self) -> Front {
-        match self.ends.rx.look() {
-            Ok(Seen::Data(_)) => match self.ends.rx.front() {
-                Some((at, len)) => {
-                    let (at, len) = (at + self.shown, len - self.shown);
-                    Front::Bytes((self.ends.view.bytes(at, len).cast_mut(), len), self.message)
-                }
-                None => Front::Nothing,
-            },
-            Ok(Seen::Nothing) if self.gone => Front::Broken,
-            Ok(Seen::Nothing) => Front::Nothing,
-            Ok(Seen::End) => Front::End,
-            Err(_) => Front::Broken,
         }
     }
 
@@ -355,9 +228,153 @@ impl Bridge {
             takes => takes,
         }
     }
+}
 
-    /// The guest has so many bytes of the front.
-    pub fn took(&mut self, len: usize) {
+impl Outside for Bridge {
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match &self.bell {
+            Bell::Socket(socket) => Some(socket.as_fd()),
+            Bell::Guest(_) => None,
+        }
+    }
+
+    fn must_ring(&self) -> bool {
+        matches!(&self.bell, Bell::Guest(rings) if rings.replace(false))
+    }
+
+    fn hear(&mut self) {
+        let Bell::Socket(socket) = &self.bell else { return };
+        let mut buffer = [0; 64];
+        // Not without end: whoever rings all the time is heard again in the next turn.
+        for _ in 0..4 {
+            match packet::pull(socket.as_fd(), &mut buffer) {
+                Ok(0) => return self.gone = true,
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(_) => return self.gone = true,
+            }
+        }
+    }
+
+    fn gone(&self) -> bool {
+        self.gone
+    }
+
+    fn flushed(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    fn put(&mut self, payload: &mut Cursor<'_>, end: bool) -> Taken {
+        let mut taken = 0;
+        if self.waiting.is_empty() && !self.message {
+            let mut parts: Vec<(*const u8, usize)> = Vec::new();
+            while let Some((start, len)) = payload.next(usize::MAX) {
+                parts.push((start.cast_const(), len));
+            }
+            // SAFETY: the pieces are in a guest's memory, mapped while its packet is handled.
+            let mut source = unsafe { Source::new(&parts) };
+            let Ok(written) = self.ends.tx.write_stream(&mut source) else { return Taken::Broken };
+            let waiting = &mut self.waiting;
+            source.take(source.left(), |start, len| {
+                // SAFETY: as above.
+                waiting.extend(unsafe { std::slice::from_raw_parts(start, len) });
+            });
+            self.ring(written.ring);
+            taken = written.bytes;
+        } else {
+            let before = self.waiting.len();
+            while let Some((start, len)) = payload.next(usize::MAX) {
+                // SAFETY: as above.
+                self.waiting.extend(unsafe { std::slice::from_raw_parts(start, len) });
+            }
+            self.begun += self.waiting.len() - before;
+            if self.message && end {
+                self.messages.push_back(std::mem::take(&mut self.begun));
+            }
+            if self.messages.len() > MESSAGES_MAX {
+                return Taken::Broken;
+            }
+        }
+        match self.push() {
+            Taken::Bytes(more) => Taken::Bytes(taken + more),
+            Taken::Broken => Taken::Broken,
+        }
+    }
+
+    fn push(&mut self) -> Taken {
+        let mut taken = 0;
+        loop {
+            let len = match (self.message, self.messages.front()) {
+                (true, Some(len)) => *len,
+                (false, _) if !self.waiting.is_empty() => self.waiting.len(),
+                _ => break,
+            };
+            let (front, back) = self.waiting.as_slices();
+            let first = front.len().min(len);
+            let parts = [(front.as_ptr(), first), (back.as_ptr(), len - first)];
+            // SAFETY: both are slices of ours; `len` is at most what waits.
+            let mut source = unsafe { Source::new(&parts) };
+            let tx = &mut self.ends.tx;
+            let written = if self.message {
+                tx.write_message(&mut source).ok().and_then(Result::ok)
+            } else {
+                tx.write_stream(&mut source).ok()
+            };
+            let Some(written) = written else { return Taken::Broken };
+            self.waiting.drain(..written.bytes);
+            taken += written.bytes;
+            self.ring(written.ring);
+            if self.message && written.all {
+                self.messages.pop_front();
+            }
+            if !written.all {
+                if self.ends.tx.arm().is_err() {
+                    return Taken::Broken;
+                }
+                if !self.ends.tx.has_space() {
+                    break;
+                }
+            }
+        }
+        if self.finish && self.waiting.is_empty() {
+            self.finish_now();
+        }
+        Taken::Bytes(taken)
+    }
+
+    fn finish(&mut self) {
+        self.finish = true;
+        if self.waiting.is_empty() {
+            self.finish_now();
+        }
+    }
+
+    fn stop(&mut self, reset: bool) {
+        let ring = self.ends.rx.stop(if reset { RESET } else { TAKES_NOTHING }).unwrap_or(Ring::Bell);
+        self.ring(ring);
+    }
+
+    fn takes(&self) -> u32 {
+        self.ends.tx.peer_takes()
+    }
+
+    fn front(&mut self) -> Front {
+        match self.ends.rx.look() {
+            Ok(Seen::Data(_)) => match self.ends.rx.front() {
+                Some((at, len)) => {
+                    let (at, len) = (at + self.shown, len - self.shown);
+                    Front::Bytes((self.ends.view.bytes(at, len).cast_mut(), len), self.message)
+                }
+                None => Front::Nothing,
+            },
+            Ok(Seen::Nothing) if self.gone => Front::Broken,
+            Ok(Seen::Nothing) => Front::Nothing,
+            Ok(Seen::End) => Front::End,
+            Err(_) => Front::Broken,
+        }
+    }
+
+    fn took(&mut self, len: usize) {
         self.shown += len;
         if self.ends.rx.front().is_none_or(|front| front.1 <= self.shown) {
             self.shown = 0;
@@ -366,8 +383,7 @@ impl Bridge {
         }
     }
 
-    /// Ask the program to ring when there is more. `true`: there is some already.
-    pub fn listen(&mut self) -> bool {
+    fn listen(&mut self) -> bool {
         match self.ends.rx.prepare_to_sleep() {
             Ok((quiet, ring)) => {
                 self.ring(ring);
@@ -377,9 +393,7 @@ impl Bridge {
         }
     }
 
-    /// Both directions end. What the lane has is delivered; behind it comes the end if the other side had finished,
-    /// and otherwise a reset, because the bell ends before the lane does.
-    pub fn close(&mut self, reset: bool) {
+    fn close(&mut self, reset: bool) {
         self.stop(reset);
         if let Bell::Socket(socket) = &self.bell {
             packet::shut(socket.as_fd());

@@ -21,7 +21,7 @@ const TURN_BYTES: usize = 128 << 10;
 /// Buffers that one packet is spread over at once; what is left is queued, and others have their turn.
 const EMITS_MAX: usize = 64;
 /// Bytes that are kept for a guest that takes nothing.
-const WAITING_MAX: usize = 64 << 20;
+pub(crate) const WAITING_MAX: usize = 64 << 20;
 /// Room for payload that every receive buffer has, if it does not take all there is (Linux: 3.7 KiB).
 const BUFFER_MIN: usize = 512;
 
@@ -108,6 +108,10 @@ impl Switch {
         if turn != Turn::Nothing {
             return turn;
         }
+        if self.flows.get(&id).is_some_and(|flow| flow.holds_back(side)) {
+            // Until there is room for it; the end comes behind it.
+            return Turn::Nothing;
+        }
         let turn = self.deliver_lane(cid, id, side);
         if turn != Turn::Nothing {
             return turn;
@@ -154,7 +158,7 @@ impl Switch {
                 // The opener is not told of its connection yet.
                 return Turn::Nothing;
             }
-            let own = matches!(flow.sides[1 - side], Side::Service(_));
+            let own = matches!(flow.sides[1 - side], Side::Service(_)) || flow.brought.is_some();
             let Some(socket) = flow.socket(side) else { return Turn::Over };
             let room = socket.room() as usize;
             let out = &mut socket.out;
@@ -208,7 +212,7 @@ impl Switch {
             let Some(flow) = self.flows.get_mut(&id) else { return Turn::Over };
             let Some(socket) = flow.socket(side) else { return Turn::Over };
             let (room, buffer) = (socket.room() as usize, socket.buf_alloc as usize);
-            let Some(bridge) = flow.bridge(1 - side) else { return Turn::Nothing };
+            let Some(bridge) = flow.outside(1 - side) else { return Turn::Nothing };
             let (piece, message) = match bridge.front() {
                 Front::Bytes(piece, message) => (piece, message),
                 Front::Nothing if bridge.listen() => continue,
@@ -238,7 +242,7 @@ impl Switch {
             if rate > 0 {
                 flow.buckets[1 - side].take(sent);
             }
-            if let Some(bridge) = flow.bridge(1 - side) {
+            if let Some(bridge) = flow.outside(1 - side) {
                 bridge.took(sent);
             }
             self.ring_guest(id, 1 - side);
@@ -251,7 +255,7 @@ impl Switch {
         let Some(flow) = self.flows.get_mut(&id) else { return Turn::Over };
         let mut flags = 0;
         let mut broken = false;
-        if let Some(bridge) = flow.bridge(1 - side) {
+        if let Some(bridge) = flow.outside(1 - side) {
             match bridge.front() {
                 Front::End => flags |= SHUTDOWN_SEND,
                 Front::Broken => broken = true,
@@ -298,8 +302,10 @@ impl Switch {
         let cid = flow.key_of(side).cid;
         let open = flow.state == State::Open;
         let message = flow.keys[0].kind == isthmus_wire::vsock::SEQPACKET;
+        let own = flow.brought.is_some();
         let Some(socket) = flow.socket(side) else { return };
-        if open && !socket.out.queued {
+        let fits = !own || socket.room() as usize >= payload.left();
+        if open && fits && !socket.out.queued {
             for _ in 0..EMITS_MAX {
                 match self.emit_flow(cid, id, side, RW, flags, payload) {
                     Sent::Bytes(_) if payload.left() == 0 => return,

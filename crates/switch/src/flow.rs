@@ -1,12 +1,12 @@
 //! Connections of guests' `AF_VSOCK` sockets, packet by packet.
 //!
-//! A flow has two sides. A side is a guest's socket, which speaks packets with credit; or a lane to a program that is
-//! no guest, for which the switch speaks them. Between two guests credit is end to end: what one announces, the other
+//! A flow has two sides. A side is a guest's socket, which speaks packets with credit; or a lane or a kernel socket to
+//! a program that is no guest, for which the switch speaks them. Between two guests credit is end to end: what one announces, the other
 //! is told. Bytes wait in the switch only while the receiving guest has no buffers, and never more of them than the
 //! sender was told it may send, so what a guest can make the switch hold is bounded by what it was granted.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use isthmus_engine::lane::Offer;
@@ -16,9 +16,15 @@ use isthmus_ring::{Mapped, Store};
 use isthmus_wire::control::TICKET;
 use isthmus_wire::vsock::Header;
 
-use crate::bridge::{Bridge, WINDOW};
+use crate::bridge::{Bridge, Outside, WINDOW};
+use crate::kernel::KernelSocket;
 
 pub type FlowId = u64;
+
+/// What a guest may send before it is known who takes it, bytes.
+pub const NARROW: u32 = 64 << 10;
+/// Bytes of what an agent says first: whose end it wants.
+pub const NAME: u32 = 8;
 
 /// A guest's socket and the one it talks to: how packets find their flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -156,6 +162,8 @@ pub enum Side {
     Guest(Socket),
     /// A program's lanes.
     Lane(Box<Bridge>),
+    /// A kernel socket.
+    Kernel(Box<KernelSocket>),
     /// Lanes of a program that are made once the other side has agreed.
     Waiting(Box<Waiting>),
     /// The switch itself, for agents of guests.
@@ -179,6 +187,8 @@ pub enum ServiceKind {
     Seats,
     /// The bell of a seat; not known until it was named.
     Bell(Option<u32>),
+    /// A kernel socket that was not named yet.
+    Socket,
 }
 
 /// What the broker knows of a side that came through a guest's door.
@@ -222,12 +232,26 @@ pub struct Flow {
     pub seats: [Option<u32>; 2],
     /// Of both lanes.
     pub secret: u64,
+    /// Of a kernel socket: which end of which connection it is.
+    pub end: Option<End>,
+    /// Of kernel sockets of two guests: the ends that the broker brought, the opener's first. Nothing passes through them;
+    /// the broker sees by them that the connection is there.
+    pub brought: Option<Box<[OwnedFd; 2]>>,
+    /// Of a kernel socket whose guest's program speaks plain `AF_VSOCK`: for a broker that was started again.
+    pub ticket: Option<[u8; TICKET]>,
     /// On what terms its bytes move; which directions are waiting for that; what they may still send.
     pub terms: Terms,
     pub marked: [bool; 2],
     pub buckets: [Bucket; 2],
     /// Of what a guest's socket sent, what it was told that was taken: with a rate, no more than that allows.
     passed: [u32; 2],
+}
+
+/// One end of a connection of kernel sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct End {
+    pub connection: u64,
+    pub opener: bool,
 }
 
 /// Who has ended a connection, and needs not be told.
@@ -255,6 +279,9 @@ impl Flow {
             deadline: None,
             seats: [None, None],
             secret: 0,
+            end: None,
+            brought: None,
+            ticket: None,
             terms: Terms::default(),
             marked: [false; 2],
             buckets: Default::default(),
@@ -293,21 +320,104 @@ impl Flow {
         }
     }
 
+    /// The program on this side, if it has no socket in a guest.
     #[must_use]
-    pub fn bridge(&mut self, side: usize) -> Option<&mut Bridge> {
+    pub fn outside(&mut self, side: usize) -> Option<&mut dyn Outside> {
         match self.sides.get_mut(side) {
-            Some(Side::Lane(bridge)) => Some(bridge),
+            Some(Side::Lane(bridge)) => Some(bridge.as_mut()),
+            Some(Side::Kernel(socket)) => Some(socket.as_mut()),
             _ => None,
         }
+    }
+
+    #[must_use]
+    pub fn kernel_socket(&self) -> Option<&KernelSocket> {
+        self.sides.iter().find_map(|side| match side {
+            Side::Kernel(socket) => Some(socket.as_ref()),
+            _ => None,
+        })
+    }
+
+    /// Has somebody been waited for long enough: who agrees to be connected, who says which kernel socket it wants, or
+    /// who takes what a guest sent before it went?
+    #[must_use]
+    pub fn is_late(&self, now: Instant) -> bool {
+        let unnamed = |side: &Side| matches!(side, Side::Service(Service { kind: ServiceKind::Socket, .. }));
+        let left = matches!(self.sides, [Side::Unknown, Side::Kernel(_)] | [Side::Kernel(_), Side::Unknown]);
+        let waits = self.state != State::Open || left || self.sides.iter().any(unnamed);
+        waits && self.deadline.is_some_and(|at| at <= now)
+    }
+
+    /// Is this, or does it stand for, that end?
+    #[must_use]
+    pub fn has_end(&self, end: End) -> bool {
+        let joined = |own: End| own == end || self.brought.is_some() && own.connection == end.connection;
+        self.end.is_some_and(joined)
+    }
+
+    /// The socket that the broker brought for that end.
+    #[must_use]
+    pub fn socket_of(&self, end: End) -> Option<BorrowedFd<'_>> {
+        match self.brought.as_deref() {
+            Some([opener, accepter]) => Some(if end.opener { opener.as_fd() } else { accepter.as_fd() }),
+            None => self.kernel_socket().map(KernelSocket::socket),
+        }
+    }
+
+    /// Two guests' connections to the two ends of one become one flow: this one, the opener's. Only while neither has
+    /// said more than whose end it is. `None`: they are not what they should be, and are lost.
+    pub fn join(&mut self, mut other: Self) -> Option<()> {
+        let Side::Kernel(theirs) = std::mem::replace(&mut other.sides[ACCEPTER], Side::Unknown) else {
+            return None;
+        };
+        let guest = std::mem::replace(&mut other.sides[OPENER], Side::Unknown);
+        let Side::Kernel(ours) = std::mem::replace(&mut self.sides[ACCEPTER], guest) else { return None };
+        self.brought = Some(Box::new([ours.into_socket(), theirs.into_socket()]));
+        self.keys[ACCEPTER] = other.keys[OPENER];
+        self.passed[ACCEPTER] = other.passed[OPENER];
+        Some(())
+    }
+
+    /// May this side's guest send little, because two may become one?
+    #[must_use]
+    pub fn is_narrow(&self, side: usize) -> bool {
+        matches!(&self.sides[1 - side], Side::Kernel(other) if other.narrow)
+    }
+
+    /// Do bytes wait here for this side's guest to have room? Between two guests' own sockets none do.
+    #[must_use]
+    pub fn holds_back(&self, side: usize) -> bool {
+        self.brought.is_some()
+            && matches!(&self.sides[side], Side::Guest(socket) if !socket.out.data.is_empty())
+    }
+
+    /// Are both sides lanes?
+    #[must_use]
+    pub fn is_lanes(&self) -> bool {
+        matches!(self.sides, [Side::Lane(_), Side::Lane(_)])
     }
 
     /// What this side's guest may send at once, and how much of what it sent was taken.
     fn window(&mut self, side: usize) -> (u32, u32) {
         match &self.sides[1 - side] {
+            // It counts the name that it sent us as well. What it was granted before is kept here if need be.
+            Side::Guest(other) if self.brought.is_some() => {
+                let most = if self.terms.rate > 0 { WINDOW } else { u32::MAX };
+                (other.buf_alloc.clamp(NARROW, most), other.fwd_cnt.wrapping_add(NAME))
+            }
             // What it may send at once is what the rate cannot hold back.
             Side::Guest(other) if self.terms.rate > 0 => (other.buf_alloc.min(WINDOW), other.fwd_cnt),
             Side::Guest(other) => (other.buf_alloc, other.fwd_cnt),
-            Side::Lane(_) | Side::Service(_) => (WINDOW, self.socket(side).map_or(0, |socket| socket.taken)),
+            // A window that becomes smaller confuses Linux; so it is small as long as two guests' may become one flow.
+            Side::Service(Service { kind: ServiceKind::Socket, .. }) => {
+                (NARROW, self.socket(side).map_or(0, |socket| socket.taken))
+            }
+            Side::Kernel(other) if other.narrow => {
+                (NARROW, self.socket(side).map_or(0, |socket| socket.taken))
+            }
+            Side::Lane(_) | Side::Kernel(_) | Side::Service(_) => {
+                (WINDOW, self.socket(side).map_or(0, |socket| socket.taken))
+            }
             // Whatever it sends would have nowhere to go.
             Side::Waiting(_) | Side::Unknown => (0, 0),
         }

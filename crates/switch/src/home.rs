@@ -11,12 +11,12 @@ use isthmus_proto::sched;
 use isthmus_sys::poll::Ready;
 use isthmus_wire::control::{
     self, ANY_PORT, ANYBODY, BELL_PORT, CONTROL_PORT, Carrier, Message, PRIVILEGED_PORT_MAX, Refusal,
-    SEATS_PORT, SocketKind, TICKET,
+    SEATS_PORT, SOCKETS_PORT, SocketKind, TICKET,
 };
 use isthmus_wire::vsock::{HOST_CID, Header, SEQPACKET, STREAM};
 
 use crate::attachment::{Asked, Attachment};
-use crate::bridge::{Bell, Bridge, Taken};
+use crate::bridge::{Bell, Bridge, Outside, Taken};
 use crate::flow::{
     ACCEPTER, By, Flow, FlowId, Held, Key, OPENER, Service, ServiceKind, Side, Socket, State, Waiting,
 };
@@ -83,7 +83,10 @@ impl Switch {
         if self.swept.elapsed() >= Duration::from_secs(1) {
             self.swept = now;
             self.check_seats();
-            let late = |flow: &Flow| flow.deadline.is_some_and(|at| at <= now) && flow.state != State::Open;
+            self.ends.retain(|_, kept| kept.until > now);
+            // What they were for never came.
+            self.terms.retain(|_, (_, since)| now.duration_since(*since) < ANSWER);
+            let late = |flow: &Flow| flow.is_late(now);
             let late: Vec<FlowId> =
                 self.flows.iter().filter(|(_, flow)| late(flow)).map(|(id, _)| *id).collect();
             for id in late {
@@ -179,11 +182,20 @@ impl Switch {
             (Some(Asked::Connect(flow)), Message::Connected { .. }) => {
                 self.connected(id, flow, &message, descriptors);
             }
+            (Some(Asked::Connect(flow)), Message::ConnectedSocket { .. }) => {
+                let joined = self.connected_socket(flow, &message, descriptors);
+                joined.unwrap_or_else(|| self.end_flow(flow, By::Nobody));
+            }
             (Some(Asked::Connect(flow)), _) => self.end_flow(flow, By::Nobody),
             (Some(Asked::Resume(connection)), Message::Refused { .. }) => self.cut(cid, connection),
             (None, Message::Incoming { connection, .. }) => {
                 let refusal = Refusal::NobodyListens;
                 let asked = self.incoming(id, &message, descriptors);
+                asked.unwrap_or_else(|| self.tell(id, &Message::Refuse { connection, refusal }, &[]));
+            }
+            (None, Message::IncomingSocket { connection, .. }) => {
+                let refusal = Refusal::NobodyListens;
+                let asked = self.incoming_socket(id, &message, descriptors);
                 asked.unwrap_or_else(|| self.tell(id, &Message::Refuse { connection, refusal }, &[]));
             }
             (None, Message::Cut { connection, .. }) => self.cut(cid, connection),
@@ -227,10 +239,18 @@ impl Switch {
                 attachment.ask(Asked::Resume(held.connection), &resume, &[page.as_fd()]);
             }
         }
+        self.show_kernel_sockets(id);
         self.watch_blocked(id);
     }
 
     // ---- connections begin
+
+    /// Can this connection's guest be asked for it?
+    pub(crate) fn may_be_asked(&self, key: &Key) -> bool {
+        let guest = self.guests.get(&key.peer).filter(|guest| guest.flows.len() < FLOWS_MAX);
+        let device = guest.and_then(|guest| guest.device.as_ref());
+        device.is_some_and(crate::device::Device::running) && !self.keys.contains_key(&key.other())
+    }
 
     /// A guest's program wants a connection: ask the broker, or it is for ourselves.
     pub(crate) fn open(&mut self, key: Key, header: &Header) {
@@ -240,7 +260,7 @@ impl Switch {
         }
         let mut socket = Socket::default();
         socket.credit(header);
-        if u64::from(key.peer) == HOST_CID && (CONTROL_PORT..=BELL_PORT).contains(&key.peer_port) {
+        if u64::from(key.peer) == HOST_CID && (CONTROL_PORT..=SOCKETS_PORT).contains(&key.peer_port) {
             return self.open_service(key, socket, header);
         }
         let id = self.new_flow();
@@ -280,6 +300,8 @@ impl Switch {
             (CONTROL_PORT, SEQPACKET) => None,
             (SEATS_PORT, SEQPACKET) if privileged => Some(ServiceKind::Seats),
             (BELL_PORT, STREAM) if privileged => Some(ServiceKind::Bell(None)),
+            // Its first bytes say whose it is, and nobody else can know them.
+            (SOCKETS_PORT, STREAM) => Some(ServiceKind::Socket),
             _ => return self.answer_reset(key.cid, header),
         };
         let id = self.new_flow();
@@ -302,7 +324,10 @@ impl Switch {
         let service = Side::Service(Service { kind, begun: Vec::new() });
         let mut socket = socket;
         socket.out.response = true;
-        self.flows.insert(id, Flow::new(key, State::Open, [Side::Guest(socket), service]));
+        let mut flow = Flow::new(key, State::Open, [Side::Guest(socket), service]);
+        // Whoever wants a kernel socket says soon which.
+        flow.deadline = (key.peer_port == SOCKETS_PORT).then(|| Instant::now() + ANSWER);
+        self.flows.insert(id, flow);
         self.keys.insert(key, (id, OPENER));
         if let Some(guest) = self.guests.get_mut(&key.cid) {
             guest.flows.insert(id);
@@ -319,8 +344,7 @@ impl Switch {
             kind => packet_kind(kind),
         };
         let key = Key { cid: from, port: from_port, peer: cid, peer_port: port, kind };
-        let running = self.guests.get(&cid)?.device.as_ref().is_some_and(crate::device::Device::running);
-        if !running || self.keys.contains_key(&key.other()) {
+        if !self.may_be_asked(&key) {
             return None;
         }
         let mut socket = Socket::default();
@@ -346,6 +370,7 @@ impl Switch {
         let [lane, bell] = <[OwnedFd; 2]>::try_from(descriptors).ok()?;
         let offer = Offer::new(Carrier::Switch, SMALL_DEFAULT, LARGE_DEFAULT).ok()?;
         let local = self.guests.contains_key(&key.cid);
+        let terms = self.terms.remove(&(key.peer, connection)).map(|(terms, _)| terms);
         let guest = self.guests.get_mut(&key.peer)?;
         if guest.flows.len() >= FLOWS_MAX {
             return None;
@@ -367,7 +392,7 @@ impl Switch {
         (held.connection, held.ticket) = (connection, ticket);
         flow.held[ACCEPTER] = Some(held);
         self.flows.insert(id, flow);
-        if let Some(terms) = self.terms.remove(&(key.peer, connection)) {
+        if let Some(terms) = terms {
             self.set_terms(id, terms);
         }
         Some(id)
@@ -375,6 +400,9 @@ impl Switch {
 
     /// The guest's program agreed.
     pub(crate) fn accepted(&mut self, id: FlowId) {
+        if self.accepted_socket(id) {
+            return;
+        }
         let Some(flow) = self.flows.get_mut(&id) else { return };
         flow.state = State::Accepted;
         let Some(held) = &flow.held[ACCEPTER] else { return };
@@ -419,7 +447,7 @@ impl Switch {
             (held.connection, held.ticket) = (terms.connection, terms.ticket);
         }
         let cid = flow.key_of(OPENER).cid;
-        if let Some(terms) = self.terms.remove(&(cid, connection)) {
+        if let Some((terms, _)) = self.terms.remove(&(cid, connection)) {
             self.set_terms(id, terms);
         }
         match other {
@@ -486,7 +514,7 @@ impl Switch {
         self.queue(id, side);
         self.mark(id);
         let Some(Side::Lane(bridge)) = self.flows.get(&id).map(|flow| &flow.sides[1 - side]) else { return };
-        if bridge.bell().is_some_and(|bell| !self.watch_bell(id, bell)) {
+        if bridge.descriptor().is_some_and(|bell| !self.watch_bell(id, bell)) {
             self.end_flow(id, By::Nobody);
         }
     }
@@ -503,12 +531,12 @@ impl Switch {
     pub(crate) fn hear_bell(&mut self, id: FlowId) {
         for side in [OPENER, ACCEPTER] {
             let Some(flow) = self.flows.get_mut(&id) else { return };
-            let Some(bridge) = flow.bridge(side) else { continue };
-            bridge.hear();
-            let gone = bridge.gone();
+            let Some(outside) = flow.outside(side) else { continue };
+            outside.hear();
+            let gone = outside.gone();
             if gone {
                 // Nothing more will ring; what is in the lane is delivered.
-                if let Some(bell) = bridge.bell() {
+                if let Some(bell) = outside.descriptor() {
                     let _ = self.set.remove(bell);
                 }
             }
@@ -521,14 +549,15 @@ impl Switch {
     pub(crate) fn look_at_lane(&mut self, id: FlowId, side: usize) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         if flow.socket(1 - side).is_none() {
-            return;
+            return self.look_at_lingering(id, side);
         }
-        let Some(bridge) = flow.bridge(side) else { return };
-        let taken = bridge.push();
-        if taken == Taken::Broken && bridge.gone() {
+        let Some(outside) = flow.outside(side) else { return };
+        let taken = outside.push();
+        if taken == Taken::Broken && outside.gone() {
             return self.end_flow(id, By::Nobody);
         }
         self.note_taken(id, 1 - side, taken);
+        self.watch_room(id, side);
         self.queue(id, 1 - side);
         self.end_if_done(id);
     }
@@ -539,13 +568,16 @@ impl Switch {
     pub(crate) fn note_terms(&mut self, cid: u32, connection: u64, terms: sched::Terms) {
         match self.flow_of(cid, connection) {
             Some(id) => self.set_terms(id, terms),
-            None if self.terms.len() < TERMS_MAX => drop(self.terms.insert((cid, connection), terms)),
+            None if self.terms.len() < TERMS_MAX => {
+                self.terms.insert((cid, connection), (terms, Instant::now()));
+            }
             None => {}
         }
     }
 
     /// The broker's order.
     pub(crate) fn cut(&mut self, cid: u32, connection: u64) {
+        self.ends.retain(|(whose, end), _| (*whose, end.connection) != (cid, connection));
         if let Some(id) = self.flow_of(cid, connection) {
             self.end_flow(id, By::Nobody);
         }
@@ -555,7 +587,9 @@ impl Switch {
     pub(crate) fn flow_of(&self, cid: u32, connection: u64) -> Option<FlowId> {
         let held = |id: &&FlowId| {
             let held = |side: &Option<Held>| side.as_ref().is_some_and(|held| held.connection == connection);
-            self.flows.get(id).is_some_and(|flow| flow.held.iter().any(held))
+            self.flows.get(id).is_some_and(|flow| {
+                flow.held.iter().any(held) || flow.end.is_some_and(|end| end.connection == connection)
+            })
         };
         self.guests.get(&cid)?.flows.iter().find(held).copied()
     }
@@ -564,6 +598,9 @@ impl Switch {
     pub(crate) fn end_flow(&mut self, id: FlowId, by: By) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let first = !std::mem::replace(&mut flow.ended, true);
+        if first && flow.state == State::Requested && flow.end.is_some() {
+            self.refuse(id, Refusal::NobodyListens);
+        }
         for side in [OPENER, ACCEPTER] {
             let Some(flow) = self.flows.get_mut(&id) else { return };
             let cid = flow.key_of(side).cid;
@@ -580,27 +617,29 @@ impl Switch {
                 }
             }
             let Some(flow) = self.flows.get_mut(&id) else { return };
+            if let Some(outside) = flow.outside(side) {
+                // Whoever closed over what it had not read resets.
+                let flushed = outside.flushed();
+                outside.close(!flushed);
+                if let Some(bell) = outside.descriptor() {
+                    let _ = self.set.remove(bell);
+                }
+                self.ring_guest(id, side);
+                self.forget_side(id, side);
+                continue;
+            }
             match &mut flow.sides[side] {
                 Side::Guest(_) if by == By::Side(side) || by == By::Guest(cid) => self.forget_side(id, side),
                 Side::Guest(socket) => {
                     socket.out.reset = true;
                     self.queue(id, side);
                 }
-                Side::Lane(bridge) => {
-                    // Whoever closed over what it had not read resets.
-                    bridge.close(!bridge.flushed());
-                    if let Some(bell) = bridge.bell() {
-                        let _ = self.set.remove(bell);
-                    }
-                    self.ring_guest(id, side);
-                    self.forget_side(id, side);
-                }
                 Side::Service(service) => {
                     let (kind, guest) = (service.kind, flow.key_of(1 - side).cid);
                     self.forget_side(id, side);
                     self.end_service(guest, id, kind);
                 }
-                Side::Waiting(_) | Side::Unknown => self.forget_side(id, side),
+                _ => self.forget_side(id, side),
             }
         }
     }
@@ -612,12 +651,15 @@ impl Switch {
         if matches!(flow.sides[side], Side::Guest(_)) && self.keys.get(&key) == Some(&(id, side)) {
             self.keys.remove(&key);
         }
-        if let Side::Guest(socket) = &flow.sides[side] {
-            let kept = socket.out.data.len();
-            if let Some(guest) = self.guests.get_mut(&key.cid) {
-                guest.waiting = guest.waiting.saturating_sub(kept);
-            }
+        let (whose, kept) = match &mut flow.sides[side] {
+            Side::Guest(socket) => (key.cid, socket.out.data.len()),
+            Side::Kernel(socket) => (flow.keys[1 - side].cid, socket.count().0),
+            _ => (0, 0),
+        };
+        if let Some(guest) = self.guests.get_mut(&whose) {
+            guest.waiting = guest.waiting.saturating_sub(kept);
         }
+        let Some(flow) = self.flows.get_mut(&id) else { return };
         flow.sides[side] = Side::Unknown;
         if let Some(seat) = flow.seats[side].take() {
             self.free_seat(key.cid, seat, (id, side));
@@ -633,6 +675,11 @@ impl Switch {
             }
         }
         if over {
+            if let Some(end) = flow.end {
+                if self.named.get(&end.connection) == Some(&id) {
+                    self.named.remove(&end.connection);
+                }
+            }
             for key in flow.keys {
                 if let Some(guest) = self.guests.get_mut(&key.cid) {
                     guest.flows.remove(&id);

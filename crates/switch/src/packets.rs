@@ -101,9 +101,12 @@ impl Switch {
     }
 
     fn handle_known(&mut self, id: FlowId, side: usize, header: &Header, payload: Cursor<'_>) {
+        if header.op == RST && self.linger(id, side) {
+            return;
+        }
         let Some(flow) = self.flows.get_mut(&id) else { return };
         if flow.ended {
-            return;
+            return self.handle_last(id, side, header);
         }
         let state = flow.state;
         let Some(socket) = flow.socket(side) else { return };
@@ -149,12 +152,34 @@ impl Switch {
         }
     }
 
+    /// From a guest whose connection is over, and which has not got everything yet.
+    fn handle_last(&mut self, id: FlowId, side: usize, header: &Header) {
+        let Some(flow) = self.flows.get_mut(&id).filter(|flow| flow.holds_back(side)) else { return };
+        let Some(socket) = flow.socket(side) else { return };
+        let both = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+        socket.credit(header);
+        socket.shut |= if header.op == SHUTDOWN { header.flags & both } else { 0 };
+        if header.op == RST || socket.shut == both {
+            // It takes nothing more.
+            let cid = flow.key_of(side).cid;
+            self.answer_reset(cid, header);
+            return self.forget_side(id, side);
+        }
+        self.queue(id, side);
+    }
+
     /// A guest's buffer has changed: the other guest hears of it, or the lane may go on.
     fn pass_credit(&mut self, id: FlowId, side: usize, op: u16) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        if matches!(flow.sides[1 - side], Side::Lane(_) | Side::Service(_)) {
+        if matches!(flow.sides[1 - side], Side::Lane(_) | Side::Kernel(_) | Side::Service(_)) {
+            return self.queue(id, side);
+        }
+        if flow.brought.is_some() {
+            // What was held back for it.
             self.queue(id, side);
-        } else if op == CREDIT_UPDATE {
+        }
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if op == CREDIT_UPDATE {
             if let Some(other) = flow.socket(1 - side) {
                 other.out.credit = true;
                 self.queue(id, 1 - side);
@@ -180,21 +205,33 @@ impl Switch {
         if header.len == 0 && !message {
             return;
         }
+        let narrow = flow.is_narrow(side);
+        if let Some(outside) = flow.outside(1 - side) {
+            let before = outside.takes();
+            let taken = outside.put(&mut payload, header.flags & vsock::SEQ_EOM != 0);
+            let news = outside.takes() != before;
+            self.note_taken(id, side, taken);
+            self.watch_room(id, 1 - side);
+            if narrow {
+                // The two will not become one any more, and it may send as much as any.
+                self.widen(id);
+            }
+            if news {
+                // It takes no more, and its sender is told so.
+                self.queue(id, side);
+            }
+            return self.ring_guest(id, 1 - side);
+        }
         match &mut flow.sides[1 - side] {
             Side::Guest(_) => {
                 flow.count(side, header.len);
                 let flags = if message { header.flags } else { 0 };
                 self.send_bytes(id, 1 - side, flags, &mut payload);
             }
-            Side::Lane(bridge) => {
-                let taken = bridge.put(&mut payload, header.flags & vsock::SEQ_EOM != 0);
-                self.note_taken(id, side, taken);
-                self.ring_guest(id, 1 - side);
-            }
             Side::Service(_) => {
                 self.handle_service(id, side, &mut payload, header.flags & vsock::SEQ_EOM != 0)
             }
-            Side::Waiting(_) | Side::Unknown => {}
+            Side::Lane(_) | Side::Kernel(_) | Side::Waiting(_) | Side::Unknown => {}
         }
     }
 
@@ -218,24 +255,24 @@ impl Switch {
         let Some(socket) = flow.socket(side) else { return };
         socket.shut |= flags & both;
         let shut = socket.shut;
+        if let Some(outside) = flow.outside(1 - side) {
+            if shut & SHUTDOWN_SEND != 0 {
+                outside.finish();
+            }
+            if shut & SHUTDOWN_RECEIVE != 0 {
+                outside.stop(false);
+            }
+            self.ring_guest(id, 1 - side);
+            return self.end_if_done(id);
+        }
         match &mut flow.sides[1 - side] {
             Side::Guest(other) => {
                 other.out.shutdown |= shut;
                 self.queue(id, 1 - side);
             }
-            Side::Lane(bridge) => {
-                if shut & SHUTDOWN_SEND != 0 {
-                    bridge.finish();
-                }
-                if shut & SHUTDOWN_RECEIVE != 0 {
-                    bridge.stop(false);
-                }
-                self.ring_guest(id, 1 - side);
-                self.end_if_done(id);
-            }
             // It closes, and is told that we have.
             Side::Service(_) if shut == both => self.end_flow(id, By::Nobody),
-            Side::Service(_) | Side::Waiting(_) | Side::Unknown => {}
+            _ => {}
         }
     }
 
@@ -245,7 +282,7 @@ impl Switch {
         let both = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
         for side in [OPENER, ACCEPTER] {
             let shut = flow.socket(side).is_some_and(|socket| socket.shut == both);
-            if shut && flow.bridge(1 - side).is_some_and(|bridge| bridge.flushed() || bridge.gone()) {
+            if shut && flow.outside(1 - side).is_some_and(|outside| outside.flushed() || outside.gone()) {
                 return self.end_flow(id, By::Nobody);
             }
         }
@@ -254,6 +291,10 @@ impl Switch {
     /// Tell the broker that nobody took this connection.
     pub(crate) fn refuse(&mut self, id: FlowId, refusal: Refusal) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
+        if let Some(end) = flow.end.take_if(|_| flow.state == State::Requested) {
+            let home = self.home_of(id);
+            return self.tell(home, &Message::Refuse { connection: end.connection, refusal }, &[]);
+        }
         let Some(held) = flow.held[ACCEPTER].take() else { return };
         self.meetings.remove(&held.connection);
         self.tell(held.attachment, &Message::Refuse { connection: held.connection, refusal }, &[]);

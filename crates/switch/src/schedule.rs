@@ -26,7 +26,7 @@ impl Switch {
     pub(crate) fn mark(&mut self, id: FlowId) {
         for from in [OPENER, ACCEPTER] {
             let Some(flow) = self.flows.get_mut(&id) else { return };
-            if flow.bridge(OPENER).is_none() || flow.bridge(ACCEPTER).is_none() {
+            if !flow.is_lanes() {
                 self.ring_guest(id, OPENER);
                 return self.ring_guest(id, ACCEPTER);
             }
@@ -163,7 +163,7 @@ impl Switch {
     fn go_on(&mut self, item: u64) {
         let (id, from) = (item >> 1, (item & 1) as usize);
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        if flow.bridge(OPENER).is_some() && flow.bridge(ACCEPTER).is_some() {
+        if flow.is_lanes() {
             return self.push_again(item);
         }
         flow.marked[from] = false;

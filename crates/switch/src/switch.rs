@@ -15,7 +15,8 @@ use crate::Fault;
 use crate::account::Account;
 use crate::attachment::Attachment;
 use crate::device::{Changed, Device, RX, TX};
-use crate::flow::{By, Flow, FlowId, Key, OPENER};
+use crate::ends::Kept;
+use crate::flow::{By, End, Flow, FlowId, Key, OPENER};
 use crate::line::Line;
 use crate::seat::{Begun, Seat};
 use crate::vring::Chain;
@@ -32,7 +33,7 @@ pub(crate) const AGAIN: Duration = Duration::from_millis(200);
 /// What a token is about: the upper byte; the rest says which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-enum Topic {
+pub(crate) enum Topic {
     Broker = 1,
     Listener = 2,
     Device = 3,
@@ -45,7 +46,7 @@ impl Topic {
     const ALL: [Self; 6] =
         [Self::Broker, Self::Listener, Self::Device, Self::Kick, Self::Attachment, Self::Bell];
 
-    fn token(self, which: u64) -> u64 {
+    pub(crate) fn token(self, which: u64) -> u64 {
         u64::from(self as u8) << 56 | which
     }
 
@@ -107,11 +108,15 @@ pub struct Switch {
     last_attachment: u64,
     /// Connections between guests of ours: the accepting side's flow, until the opener's is connected.
     pub(crate) meetings: HashMap<u64, FlowId>,
+    /// Kernel sockets that the broker brought for programs of guests, until their agents ask for them.
+    pub(crate) ends: HashMap<(u32, End), Kept>,
+    /// Connections of two guests, whose other end was not asked for yet.
+    pub(crate) named: HashMap<u64, FlowId>,
     /// What waits to be moved; and what waits for its rate, by the microsecond when it may.
     pub(crate) sched: Scheduler,
     pub(crate) late: BTreeSet<(u64, u64)>,
-    /// Terms of connections that are about to be made, by guest.
-    pub(crate) terms: HashMap<(u32, u64), Terms>,
+    /// Terms of connections that are about to be made, by guest, and since when.
+    pub(crate) terms: HashMap<(u32, u64), (Terms, Instant)>,
     pub(crate) began: Instant,
     pub(crate) account: Account,
     /// For how long after something was moved lanes are looked at without waiting to be rung, and when that was.
@@ -149,6 +154,8 @@ impl Switch {
             attachments: HashMap::new(),
             last_attachment: 0,
             meetings: HashMap::new(),
+            ends: HashMap::new(),
+            named: HashMap::new(),
             sched: Scheduler::default(),
             late: BTreeSet::new(),
             terms: HashMap::new(),

@@ -19,10 +19,12 @@ pub enum Kind {
 pub fn kind_of(socket: BorrowedFd<'_>) -> io::Result<Kind> {
     let protocol = sockopt::socket_protocol(socket)?.map(|protocol| protocol.as_raw().get() as i32);
     let is_tcp = matches!(protocol, Some(libc::IPPROTO_TCP | libc::IPPROTO_MPTCP));
-    let stream = sockopt::socket_type(socket)? == SocketType::STREAM;
-    Ok(match (stream && is_tcp, sockopt::socket_domain(socket)?) {
-        (true, AddressFamily::INET) => Kind::Tcp4,
-        (true, AddressFamily::INET6) => Kind::Tcp6,
+    if !is_tcp {
+        return Ok(Kind::Other);
+    }
+    Ok(match sockopt::socket_domain(socket)? {
+        AddressFamily::INET => Kind::Tcp4,
+        AddressFamily::INET6 => Kind::Tcp6,
         _ => Kind::Other,
     })
 }
@@ -173,9 +175,16 @@ pub fn nodelay(socket: BorrowedFd<'_>) -> bool {
     sockopt::tcp_nodelay(socket).unwrap_or(false)
 }
 
+pub fn is_nonblocking(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(rustix::fs::fcntl_getfl(socket)?.contains(rustix::fs::OFlags::NONBLOCK))
+}
+
 pub fn set_nonblocking(socket: BorrowedFd<'_>, wanted: bool) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(socket)?;
     let bit = rustix::fs::OFlags::NONBLOCK;
+    if flags.contains(bit) == wanted {
+        return Ok(());
+    }
     Ok(rustix::fs::fcntl_setfl(socket, if wanted { flags | bit } else { flags - bit })?)
 }
 

@@ -4,8 +4,10 @@
 //! retry loops, no knowledge of lanes. Errors are the kernel's (`std::io::Error`).
 
 pub mod alarm;
+pub mod capability;
 pub mod clock;
 pub mod cpu;
+pub mod ethernet;
 pub mod guard;
 pub mod inet;
 pub mod living;

@@ -82,6 +82,23 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
+/// Take no descriptors from the other end: whoever closes what came unasked may wait for it. Linux 6.16; before that
+/// nothing changes.
+pub fn refuse_descriptors(socket: BorrowedFd<'_>) {
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let no: libc::c_int = 0;
+    // SAFETY: the value is an int, and its length says so.
+    let _ = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const no).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+}
+
 /// Send one packet with descriptors; blocks while the receiver's queue is full.
 pub fn send(socket: BorrowedFd<'_>, packet: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     send_with(socket, packet, descriptors, SendFlags::NOSIGNAL)
@@ -141,6 +158,30 @@ pub fn push(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
 pub fn pull(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     let (n, _) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT)?;
     Ok(n)
+}
+
+/// Put pieces of memory into a stream, one behind the other, without waiting. Returns how many bytes it took.
+///
+/// # Safety
+/// Each piece, start and length, can be read. Somebody else may write there meanwhile: then that is what is sent.
+pub unsafe fn push_pieces(socket: BorrowedFd<'_>, pieces: &[(*const u8, usize)]) -> io::Result<usize> {
+    // SAFETY: as the caller promises; the slices go nowhere but to the kernel.
+    let slices = pieces.iter().map(|(start, len)| unsafe { std::slice::from_raw_parts(*start, *len) });
+    let slices: Vec<_> = slices.map(IoSlice::new).collect();
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    Ok(rustix::net::sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags)?)
+}
+
+/// Append to `buffer` what a stream holds, without waiting and without making the buffer larger. 0: the other side
+/// sends no more.
+pub fn pull_into(socket: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> io::Result<usize> {
+    let (n, _) = rustix::net::recv(socket, rustix::buffer::spare_capacity(buffer), RecvFlags::DONTWAIT)?;
+    Ok(n)
+}
+
+/// Take no more: who writes at the other end is told so.
+pub fn shut_receive(socket: BorrowedFd<'_>) {
+    let _ = rustix::net::shutdown(socket, Shutdown::Read);
 }
 
 /// Let [`pull_waiting`] wait, for at most `limit`.

@@ -37,6 +37,13 @@ pub fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Resul
     })
 }
 
+/// Can something be written here without waiting? In a pipe there is room for a page then.
+#[must_use]
+pub fn has_room(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    rustix::event::poll(&mut fds, timespec(Some(Duration::ZERO)).as_ref()).is_ok_and(|ready| ready > 0)
+}
+
 /// A counter that a thread of this process sets and another waits for.
 pub struct Flag(OwnedFd);
 
@@ -88,6 +95,13 @@ impl Set {
     /// Report `token` while `fd`, which was added before, is readable, hung up or (if `writable`) can be written.
     pub fn watch(&self, fd: BorrowedFd<'_>, token: u64, writable: bool) -> io::Result<()> {
         let flags = EventFlags::IN | EventFlags::RDHUP;
+        let flags = if writable { flags | EventFlags::OUT } else { flags };
+        Ok(epoll::modify(&self.0, fd, EventData::new_u64(token), flags)?)
+    }
+
+    /// Report `token` each time `fd`, which was added before, becomes readable or (if `writable`) can be written.
+    pub fn watch_edge(&self, fd: BorrowedFd<'_>, token: u64, writable: bool) -> io::Result<()> {
+        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
         let flags = if writable { flags | EventFlags::OUT } else { flags };
         Ok(epoll::modify(&self.0, fd, EventData::new_u64(token), flags)?)
     }

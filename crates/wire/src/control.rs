@@ -57,6 +57,9 @@ pub const CONTROL_PORT: u32 = 1;
 pub const SEATS_PORT: u32 = 2;
 /// The same: four bytes say whose bell it is.
 pub const BELL_PORT: u32 = 3;
+/// Eight bytes say which end of which connection: its number, times two, and one more for the opener. What follows is
+/// the connection's.
+pub const SOCKETS_PORT: u32 = 4;
 /// The last port that only root of a guest may use.
 pub const PRIVILEGED_PORT_MAX: u32 = 1023;
 
@@ -523,6 +526,9 @@ messages! {
         /// What the listener is told of where this comes from: an IP address of this domain, or nothing; and a port.
         source: &'a str,
         source_port: u32,
+        /// 1: ahead of its use. Whoever uses it writes two bytes there first, the port that it comes from, and says
+        /// `take-socket`.
+        ahead: u8,
     }
     /// broker -> somebody connects to one of your ports with a kernel socket. With your end of it. Answer with `accept`
     /// (whose ring sizes are 0) or `refuse`.
@@ -539,6 +545,9 @@ messages! {
         /// The IP address that the opener named, if it named one.
         destination: &'a str,
         kind: SocketKind,
+        /// 1: ahead of its use. Nobody is there before the first two bytes come, the port that they come from (little
+        /// endian), in the place of `source_port`.
+        ahead: u8,
         why: &'a str,
         ticket: [u8; TICKET],
     }
@@ -576,6 +585,13 @@ messages! {
         refused: u8,
         why: &'a str,
     }
+    /// program -> a connection that was made ahead is used now. Not answered.
+    TakeSocket = 49 "take-socket" { connection: u64 }
+    /// program -> which domain has the virtual network card of this address? With `nic` 0: of this name; with neither:
+    /// my own. Answered by `nic`.
+    FindNic = 50 "find-nic" { nic: u64, name: &'a str }
+    /// broker -> this one. An address is 48 bits, its first byte on the wire the highest.
+    Nic = 51 "nic" { nic: u64, domain: u32, name: &'a str }
 }
 
 /// Decode one packet: the request number and the message.

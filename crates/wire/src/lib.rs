@@ -13,7 +13,10 @@
 extern crate std;
 
 pub mod address;
+pub mod card;
 pub mod control;
+pub mod mx_lane;
+pub mod mxoe;
 mod reader;
 pub mod record;
 pub mod vhost_user;

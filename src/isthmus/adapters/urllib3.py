@@ -44,6 +44,8 @@ class PoolManager(urllib3.PoolManager):
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.pool_classes_by_scheme = {"http": ConnectionPool}
+        # What has no key is what urllib3 calls an unknown scheme.
+        self.key_fn_by_scheme = {"http": self.key_fn_by_scheme["http"]}
 
 
 def __getattr__(name: str) -> Any:

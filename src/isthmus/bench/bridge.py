@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-__all__ = ["Bridge", "BridgeError"]
+__all__ = ["Bridge", "BridgeError", "Holder", "find_tool", "run_ip"]
 
 _TIMEOUT_S = 10
 
@@ -27,7 +27,7 @@ class BridgeError(RuntimeError):
     """The namespaces cannot be made here. Nothing of them is left."""
 
 
-class _Holder:
+class Holder:
     """A process that keeps a new network namespace alive while it reads its standard input."""
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -102,14 +102,14 @@ class Bridge:
         return [*self._enter, "-t", str(pid), "--"]
 
     def _build(self, stack: ExitStack) -> None:
-        ip, nsenter, unshare = (_find(tool) for tool in ("ip", "nsenter", "unshare"))
+        ip, nsenter, unshare = (find_tool(tool) for tool in ("ip", "nsenter", "unshare"))
         root = os.geteuid() == 0
         # A user namespace owns the network namespaces made inside it.
         user = [] if root else ["-U", "--preserve-credentials"]
         self._enter = [nsenter, *user, "-n"]
 
         def hold(command: list[str]) -> int:
-            holder = _Holder(command)
+            holder = Holder(command)
             stack.callback(holder.close)
             return holder.pid
 
@@ -124,13 +124,13 @@ class Bridge:
                 f"link set {side} master bridge",
                 f"link set {side} up",
             ]
-        _ip([*self._inside(middle), ip], batch)
+        run_ip([*self._inside(middle), ip], batch)
         for side, address in (("left", self.left_address), ("right", self.right_address)):
             lines = ["link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up"]
-            _ip([*self.prefix(side), ip], lines)
+            run_ip([*self.prefix(side), ip], lines)
 
 
-def _ip(command: list[str], lines: list[str]) -> None:
+def run_ip(command: list[str], lines: list[str]) -> None:
     done = subprocess.run(
         [*command, "-batch", "-"], input="\n".join(lines), text=True, capture_output=True, timeout=_TIMEOUT_S
     )
@@ -138,7 +138,7 @@ def _ip(command: list[str], lines: list[str]) -> None:
         raise BridgeError(f"ip: {done.stderr.strip()}")
 
 
-def _find(tool: str) -> str:
+def find_tool(tool: str) -> str:
     # `ip` is often not on an ordinary user's path.
     found = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
     if found is None:

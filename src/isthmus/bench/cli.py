@@ -35,6 +35,14 @@ CHOICES = {
     "pages": ("4k", "huge"),
 }
 
+#: Options of what can also be measured between guests.
+BETWEEN = (
+    click.option("--between", type=click.Choice(["vm"]), help="Both ends are in virtual machines."),
+    click.option(
+        "--monitor", type=click.Choice(["qemu", "uml"]), help="What runs them [qemu with KVM, else uml]."
+    ),
+)
+
 
 def _words(_: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Split a list at its commas and check every word."""
@@ -82,10 +90,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=True,
             help="Set shmem_enabled to advise meanwhile (root), which strict paths need for their best.",
         ),
-        click.option("--between", type=click.Choice(["vm"]), help="Both ends are in virtual machines."),
-        click.option(
-            "--monitor", type=click.Choice(["qemu", "uml"]), help="What runs them [qemu with KVM, else uml]."
-        ),
+        *BETWEEN,
         click.option(
             "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write plots and records here."
         ),
@@ -108,7 +113,8 @@ def _run(benches: tuple[str, ...], out: Path | None, as_json: bool, **asked: Any
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     pinned, huge_shmem = asked.pop("pinned"), asked.pop("huge_shmem")
     between = _monitor(asked.pop("between"), asked.pop("monitor"))
-    names = asked["transports"] or tuple(transports.NAMES)
+    usual = tuple(name for name in transports.NAMES if name not in transports.BETWEEN_NODES)
+    names = asked["transports"] or usual
     settings = Settings(pinned=() if pinned is None else (pinned,), **asked)
     try:
         with machine.huge_shared_memory() if huge_shmem else nullcontext():
@@ -125,14 +131,18 @@ def _run(benches: tuple[str, ...], out: Path | None, as_json: bool, **asked: Any
     if as_json:
         click.echo(records_as_json(records))
     else:
-        # Figures cut off at the 80 columns of a pipe help nobody.
-        console = Console()
-        console.width = max(console.width, TABLE_WIDTH)
-        print_tables(records, console)
+        print_tables(records, _wide())
     for path in _write(records, out, notes) if out is not None else ():
         click.echo(str(path), err=as_json)
     if not records:
         raise click.ClickException("nothing was measured; the lines above say why")
+
+
+def _wide() -> Console:
+    """A console for tables: figures cut off at the 80 columns of a pipe help nobody."""
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
 
 
 def _monitor(between: str | None, monitor: str | None) -> str | None:
@@ -201,39 +211,37 @@ def idle(connections: int, seconds: float, as_json: bool) -> None:
 @click.option(
     "--seconds", type=click.FloatRange(0.1, 60), default=2.0, show_default=True, help="Of each turn."
 )
+@BETWEEN[0]
+@BETWEEN[1]
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a plot and the records here."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list of records and nothing else.")
-def programs(names: tuple[str, ...], repeat: int, seconds: float, out: Path | None, as_json: bool) -> None:
+def programs(
+    names: tuple[str, ...],
+    between: str | None,
+    monitor: str | None,
+    out: Path | None,
+    as_json: bool,
+    **turns: Any,
+) -> None:
     """Programs that know nothing of Isthmus, under `isthmus run` and over the bridge.
 
-    NAMES: redis, nginx, iperf3, dask, connect (the time that connect takes), files (calls that are no concern
-    of ours); all that are installed by default.
+    NAMES: redis, nginx, iperf3, postgres, mpi (messages between two ranks), dask, connect (the time that
+    connect takes), files (calls that are no concern of ours); between guests redis and iperf3. All that are
+    installed by default.
     """
-    from isthmus.bench.bridge import BridgeError
     from isthmus.bench.plots import plot_programs
-    from isthmus.bench.programs import PROGRAMS, measure
     from isthmus.bench.table import print_programs
 
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        records = measure(
-            names or tuple(PROGRAMS),
-            repeat=repeat,
-            seconds=seconds,
-            tell=lambda line: notes.print(line, style="dim", markup=False),
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    except (BridgeError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
+    records = _programs(names, _monitor(between, monitor), notes, **turns)
     if not records:
         raise click.ClickException("nothing was measured; the lines above say why")
     if as_json:
         click.echo(json.dumps(records))
     else:
-        print_programs(records, Console())
+        print_programs(records, _wide())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "programs.json").write_text(json.dumps(records, indent=1) + "\n")
@@ -241,6 +249,39 @@ def programs(names: tuple[str, ...], repeat: int, seconds: float, out: Path | No
             click.echo("\n".join(map(str, plot_programs(records, out))), err=as_json)
         except ImportError as error:
             notes.print(f"no plots: {error}; pip install 'isthmus[bench]'", markup=False)
+
+
+def _programs(
+    names: tuple[str, ...], monitor: str | None, notes: Console, **turns: Any
+) -> list[dict[str, Any]]:
+    """Measure programs between two networks or, given a monitor, between two of its guests."""
+    from isthmus.bench.bridge import BridgeError
+    from isthmus.bench.programs import PROGRAMS, measure
+    from isthmus.bench.programs_guests import PROGRAMS_BETWEEN_GUESTS, measure_between_guests
+    from isthmus.vm import GuestError, Missing
+
+    turns["tell"] = lambda line: notes.print(line, style="dim", markup=False)
+    try:
+        if monitor is None:
+            return measure(names or tuple(PROGRAMS), **turns)
+        return measure_between_guests(names or tuple(PROGRAMS_BETWEEN_GUESTS), monitor, **turns)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except (BridgeError, RuntimeError, Missing, GuestError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+#: What MX is compared with: our own lanes, TCP over the same cables, and whoever else matches tags.
+MX = ("isthmus", *transports.BETWEEN_NODES, "mpi4py", "ucx")
+
+
+@bench_group.command("mx")
+@_options
+def mx(**asked: Any) -> None:
+    """MX inside a node and over a cable between two, beside lanes, TCP over the same cable, MPI and UCX."""
+    asked["transports"] = asked["transports"] or MX
+    asked["sizes"] = asked["sizes"] or (64, 64 << 10, 1 << 20)
+    _run(("pingpong", "stream"), **asked)
 
 
 _add("pingpong", ("pingpong",), "One-way latency: half a round trip, median and 99th percentile.")

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from isthmus.bench.bridge import BridgeError, _find, _Holder, _ip
+from isthmus.bench.bridge import BridgeError, Holder, find_tool, run_ip
 from isthmus.bench.cases import Settings
 from isthmus.bench.process import Pool, Worker
 from isthmus.bench.transports import Setup, Transport
@@ -23,7 +23,7 @@ from isthmus.vm import Guest
 from isthmus.vm.guest import descendants
 from isthmus.vm.kernels import kvm_works
 
-__all__ = ["GuestPool", "Guests", "between_guests"]
+__all__ = ["GuestPool", "GuestWorker", "Guests", "between_guests"]
 
 #: Where a guest's agent has its door.
 DOOR = "/run/isthmus/door/door"
@@ -46,10 +46,13 @@ from = "*"
 to = "*"
 action = "accept"
 """
-#: What a guest does before its worker starts: its network card, and its agent.
-PREPARE = """
+#: What a guest does before anything else: its network card.
+CARD = """
 ip link set {card} up
 ip address add {address}/24 dev {card}
+"""
+#: Its agent, and its worker.
+WORKER = """
 {python} -m isthmus agent >/dev/null 2>&1 &
 exec {python} -m isthmus.bench.worker
 """
@@ -84,18 +87,19 @@ class Guests:
     def _build(self, stack: ExitStack) -> None:
         if os.geteuid() != 0:
             raise BridgeError("tap devices for the guests' network cards can be made by root alone")
-        holder = _Holder([_find("unshare"), "-n", "--"])
+        holder = Holder([find_tool("unshare"), "-n", "--"])
         stack.callback(holder.close)
-        self._inside = [_find("nsenter"), "-t", str(holder.pid), "-n", "--"]
+        self._inside = [find_tool("nsenter"), "-t", str(holder.pid), "-n", "--"]
         batch = ["link add bridge type bridge", "link set bridge up"]
         for name in self.names:
             batch += [f"tuntap add dev {_tap(name)} mode tap", f"link set {_tap(name)} master bridge up"]
-        _ip([*self._inside, _find("ip")], batch)
-        self._broker = stack.enter_context(PrivateBroker((), POLICY))
+        run_ip([*self._inside, find_tool("ip")], batch)
+        self.broker = stack.enter_context(PrivateBroker((), POLICY))
         for name in self.names:
-            domain = self._broker.ask("domain-add", name=name, group=None, uid=None, kind="vm")
+            new: dict[str, Any] = {"name": name, "group": None, "uid": None, "kind": "vm"}
+            domain = self.broker.ask("domain-add", **new, addresses=[self.address(name)])
             self._devices[name] = domain["socket"]
-        while any(d["device"] == "no switch" for d in self._broker.ask("domain-list")["domains"]):
+        while any(d["device"] == "no switch" for d in self.broker.ask("domain-list")["domains"]):
             time.sleep(0.01)
         stack.callback(self._stop)
 
@@ -103,29 +107,36 @@ class Guests:
         for guest in self._guests.values():
             guest.stop()
 
-    def boot(self, name: str) -> tuple[Guest, int, int]:
-        """Start a guest, again if it ran; returns it and the descriptors of its worker's input and output."""
+    def address(self, name: str) -> str:
+        """The address of a guest's network card, which is its domain's."""
+        return f"{NETWORK}.{self.names.index(name) + 1}"
+
+    def boot(self, name: str, job: str = WORKER) -> tuple[Guest, int, int]:
+        """Start a guest, again if it ran; returns it and the descriptors of its job's input and output.
+
+        `job` is a shell script, in which ``{python}`` is the interpreter.
+        """
         if name in self._guests:
             self._guests.pop(name).stop()
         number = self.names.index(name) + 1
-        address = f"{NETWORK}.{number}"
+        address = self.address(name)
         card = "vec0" if self.monitor == "uml" else "eth0"
-        script = PREPARE.format(card=card, address=address, python=sys.executable)
-        job, say = os.pipe2(os.O_CLOEXEC)
+        script = (CARD + job).format(card=card, address=address, python=sys.executable)
+        heard, say = os.pipe2(os.O_CLOEXEC)
         hear, said = os.pipe2(os.O_CLOEXEC)
         try:
             guest = Guest(
                 name,
                 self._devices[name],
                 ["sh", "-c", script],
-                self._broker.directory / "vm" / name,
+                self.broker.directory / "vm" / name,
                 monitor=self.monitor,
                 memory_mib=MEMORY_MIB[self.monitor],
                 environment={
                     "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
                     "ISTHMUS_BENCH_HOST": address,
                 },
-                stdin=job,
+                stdin=heard,
                 stdout=said,
                 tap=_tap(name),
                 mac=f"02:00:00:00:01:{number:02x}",
@@ -133,14 +144,14 @@ class Guests:
                 within=self._inside,
             )
         finally:
-            os.close(job)
+            os.close(heard)
             os.close(said)
         self._guests[name] = guest
         return guest, say, hear
 
     def cpu_seconds(self) -> float:
         """What the guests' monitors and the switch have used, children that ended among them."""
-        switch = [int(word) for word in _pids_of(self._broker.directory)]
+        switch = [int(word) for word in _pids_of(self.broker.directory)]
         roots = [guest.pid for guest in self._guests.values()]
         pids = {pid for root in roots for pid in descendants(root)} | set(switch)
         ticks = 0
@@ -181,16 +192,24 @@ def _pids_of(directory: Path) -> list[str]:
 
 
 class GuestWorker(Worker):
-    """The worker of a guest: the same talk, over the guest's serial line."""
+    """The worker of a guest, or another job: the same talk, over the guest's serial line."""
 
-    def __init__(self, guests: Guests, name: str) -> None:
-        self._guest, self._in, self._out = guests.boot(name)
+    def __init__(self, guests: Guests, name: str, job: str = WORKER) -> None:
+        self._guest, self._in, self._out = guests.boot(name, job)
         self._unread = b""
         self._ended = False
 
     def last_words(self, seconds: float) -> str | None:
         """Its error has come by now, or will not."""
         return None
+
+    def wait_ready(self) -> None:
+        """Wait until the job begins; see `Guest.wait_ready`."""
+        self._guest.wait_ready()
+
+    def fate(self) -> str:
+        """What became of it, once it says nothing more."""
+        return "is gone, or its guest is"
 
     def end(self) -> None:
         """Stop the guest."""
@@ -213,7 +232,7 @@ class GuestPool(Pool):
         workers = [(name, GuestWorker(self._guests, name)) for name in names]
         self._all += [worker for _, worker in workers]
         for name, worker in workers:
-            worker._guest.wait_ready()
+            worker.wait_ready()
             self.give_back([name], worker)
 
     def take(self, prefix: Sequence[str]) -> Worker:

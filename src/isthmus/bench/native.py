@@ -92,6 +92,11 @@ def over_connection(
     return cast(Report, _native().bench_connection(connection, wait, part, plan, in_place))
 
 
+def over_mx(endpoint: Any, peer: tuple[int, int], wait: str, part: str, plan: PlanDict, ahead: int) -> Report:
+    """Play `part` between endpoints of MX, with so many messages of a stream under way."""
+    return cast(Report, _native().bench_mx(endpoint, peer, wait, part, plan, ahead))
+
+
 def over_ring(fd: int, wait: str, part: str, plan: PlanDict, *, left: bool, streaming: bool) -> Report:
     """Play `part` over a ring that both sides can write; `streaming` copies out past the caches."""
     return cast(Report, _native().bench_ring(fd, left, streaming, wait, part, plan))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.bench.records import Record
-from isthmus.bench.table import size_word
+from isthmus.bench.table import programs_title, size_word
 
 __all__ = ["plot_programs", "write_plots"]
 
@@ -46,7 +46,7 @@ def plot_programs(records: Sequence[dict[str, Any]], directory: Path) -> list[Pa
         axes.bar([x + place * width for x in range(len(names))], heights, width, label=way)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
     axes.set_ylabel("times TCP over the bridge")
-    axes.set_title("Unmodified programs")
+    axes.set_title(programs_title(records), fontsize="medium")
     axes.legend()
     written = [directory / f"programs.{kind}" for kind in ("png", "svg")]
     for path in written:

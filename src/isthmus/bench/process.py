@@ -66,6 +66,10 @@ class Worker:
             pass
         return None
 
+    def fate(self) -> str:
+        """What became of it, once it says nothing more."""
+        return f"died with status {self._process.wait()}"
+
     def end(self) -> None:
         """Kill it; its child, if it has one, goes with it."""
         self._process.kill()
@@ -82,7 +86,7 @@ class Worker:
                 raise self._failed("the worker fell silent")
             more = os.read(self._out, 65536)
             if not more:
-                raise self._failed(f"the worker died with status {self._process.wait()}")
+                raise self._failed(f"the worker {self.fate()}")
             self._unread += more
         line, _, self._unread = self._unread.partition(b"\n")
         return cast("dict[str, Any]", json.loads(line))

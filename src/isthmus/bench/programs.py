@@ -25,7 +25,8 @@ from typing import Any
 from isthmus.bench import machine
 from isthmus.bench.bridge import Bridge
 
-__all__ = ["PROGRAMS", "WAYS", "measure"]
+__all__ = ["AS_ORDINARY_USER", "MPI_WAYS", "PROGRAMS", "WAYS", "Bench", "Figures"]
+__all__ += ["find", "measure", "record_of", "redis_client"]
 
 #: Over the bridge, under `isthmus run`, over a Unix socket; and with an adapter of ours, over lanes.
 WAYS = ("bridge", "run", "unix", "lanes")
@@ -57,6 +58,8 @@ class Bench:
         Of `WAYS`: over a Unix socket where both can, over lanes where there is an adapter.
     modules : tuple of str
         Python's, that must be installed.
+    before : tuple of str
+        What starts the server, and `isthmus run` in front of it.
     """
 
     needs: tuple[str, ...]
@@ -66,6 +69,35 @@ class Bench:
     port: int
     ways: tuple[str, ...] = ("bridge", "run")
     modules: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        """Which programs and modules that it needs are not installed."""
+        programs = [program for program in self.needs if find(program) is None]
+        return programs + [module for module in self.modules if importlib.util.find_spec(module) is None]
+
+
+#: What runs a command as somebody who is not root, for programs that root may not run. Files stay readable.
+AS_ORDINARY_USER = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")
+
+#: The environment in which MPICH speaks TCP between hosts, by the library of its that does it.
+MPI_WAYS = {
+    "libfabric": {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"},
+    "ucx": {"MPIR_CVAR_CH4_NETMOD": "ucx", "UCX_TLS": "tcp,self"},
+}
+
+
+def find(program: str) -> str | None:
+    """Return the path of an installed program.
+
+    Wheels put theirs beside Python, and Debian those of PostgreSQL's server in a directory for each version.
+    Both are preferred to what is on `PATH`.
+    """
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    for place in (Path(sys.executable).parent, *reversed(places)):
+        if found := shutil.which(program, path=str(place)):
+            return found
+    return shutil.which(program)
 
 
 def _redis_server(directory: Path, _: str) -> list[str]:
@@ -73,10 +105,10 @@ def _redis_server(directory: Path, _: str) -> list[str]:
     return ["redis-server", *options.split(), "", "--dir", str(directory), "--unixsocket", f"{directory}/s"]
 
 
-def _redis_client(to: str, seconds: float) -> list[str]:
+def redis_client(to: str, count: int) -> list[str]:
+    """Words of a load generator that makes so many requests."""
     where = ["-s", to] if "/" in to else ["-h", to]
-    count = str(int(60_000 * seconds))
-    return ["redis-benchmark", *where, "--csv", "-c", "50", "-n", count, "-t", "get"]
+    return ["redis-benchmark", *where, "--csv", "-c", "50", "-n", str(count), "-t", "get"]
 
 
 def _read_redis(text: str) -> Figures:
@@ -209,6 +241,139 @@ asyncio.run(main())
 """
 
 
+def _postgres_server(directory: Path, _: str) -> list[str]:
+    data, options = directory / "data", f"-k {directory} -p {_POSTGRES_PORT} -c fsync=off"
+
+    def ordinary(program: str, *words: str | Path) -> None:
+        command = [*AS_ORDINARY_USER, find(program) or program, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
+        if done.returncode:
+            raise RuntimeError(f"{program}: {done.stderr.strip()}")
+
+    ordinary("initdb", "-A", "trust", "-U", "postgres", "-N", "--no-locale", "-D", data)
+    with (data / "pg_hba.conf").open("a") as file:
+        file.write(f"host all all {Bridge.left_address}/32 trust\n")
+    ordinary("pg_ctl", "-D", data, "-l", directory / "log", "-w", "-o", f"{options} -h ''", "start")
+    try:
+        ordinary(
+            "pgbench", "-i", "-q", "-h", directory, "-p", str(_POSTGRES_PORT), "-U", "postgres", "postgres"
+        )
+    finally:
+        ordinary("pg_ctl", "-D", data, "-w", "stop")
+    return [find("postgres") or "postgres", "-D", str(data), *options.split(), "-h", "*"]
+
+
+_POSTGRES_PORT = 5432
+
+#: pgbench tells how long a transaction took, in microseconds, only in its log; each twentieth is enough.
+_PGBENCH = f"""
+where="-h $2 -p {_POSTGRES_PORT} -U postgres"
+directory=$(mktemp -d) && cd "$directory" && trap 'rm -r "$directory"' EXIT
+until "$0" -d postgres $where -q; do sleep 0.05; done
+"$1" $where -n -S -c 8 -j 2 -T "$3" -l --sampling-rate=0.05 postgres && cut -d ' ' -f 3 pgbench_log.*
+"""
+
+
+def _pgbench(to: str, seconds: float) -> list[str]:
+    where = str(Path(to).parent) if "/" in to else to
+    programs = [find(program) or program for program in ("pg_isready", "pgbench")]
+    return ["sh", "-c", _PGBENCH, *programs, where, str(max(1, round(seconds)))]
+
+
+def _read_pgbench(text: str) -> Figures:
+    found = re.search(r"^tps = ([0-9.]+)", text, re.MULTILINE)
+    assert found is not None, text
+    taken = sorted(float(line) for line in re.findall(r"^[0-9]+$", text, re.MULTILINE))
+    return {"per_second": float(found[1]), **_percentiles(taken)}
+
+
+def _percentiles(taken: Sequence[float]) -> Figures:
+    """Of sorted times, µs."""
+    return {"p50_us": taken[len(taken) // 2], "p99_us": taken[len(taken) * 99 // 100]}
+
+
+_MPI_PORT = 7200
+
+#: What `sshd` is elsewhere: runs the line that comes.
+_MPI_SERVER = f"""
+import socket, subprocess
+server = socket.create_server(("0.0.0.0", {_MPI_PORT}))
+while True:
+    sock, _ = server.accept()
+    with sock, sock.makefile() as file:
+        subprocess.Popen(["sh", "-c", file.read()])
+"""
+
+#: Starts a rank here and one there, and prints what they do. MPICH's `manual` launcher only says how.
+_MPI_CLIENT = f"""
+import socket, subprocess, sys
+here, there, mpiexec, *work = sys.argv[1:]
+hosts = ["-launcher", "manual", "-localhost", here, "-hosts", here + "," + there, "-n", "2", "-ppn", "1"]
+launcher = subprocess.Popen([mpiexec, *hosts, *work], stdout=subprocess.PIPE, text=True)
+told = iter(launcher.stdout.readline, "HYDRA_LAUNCH_END\\n")
+lines = [line.partition("HYDRA_LAUNCH: ")[2] for line in told]
+local = subprocess.Popen(["sh", "-c", lines[0]])
+with socket.create_connection((there, {_MPI_PORT}), 20) as sock:
+    sock.sendall(lines[1].encode())
+print(launcher.communicate()[0])
+sys.exit(launcher.wait() or local.wait())
+"""
+
+#: Half the time 8 bytes to and fro, the other half 1 MiB one way, of which each 16th is answered.
+_MPI_RANK = """
+import sys, time
+import numpy as np
+from mpi4py import MPI
+world = MPI.COMM_WORLD
+first, seconds = world.Get_rank() == 0, float(sys.argv[1]) / 2
+ping, empty, taken = np.zeros(8, "u1"), np.zeros(0, "u1"), []
+world.Barrier()
+until, more = time.perf_counter() + seconds, True
+while more:
+    if first:
+        began = time.perf_counter()
+        ping[0] = more = began < until
+        world.Send(ping, 1)
+        world.Recv(ping, 1)
+        taken.append((time.perf_counter() - began) * 1e6 / 2)
+    else:
+        world.Recv(ping, 0)
+        more = ping[0]
+        world.Send(ping, 0)
+message, count = np.zeros(1 << 20, "u1"), 0
+world.Barrier()
+began, more = time.perf_counter(), True
+while more:
+    if first:
+        message[0] = more = time.perf_counter() < began + seconds
+        for _ in range(16):
+            world.Send(message, 1)
+        world.Recv(empty, 1)
+        count += 16
+    else:
+        for _ in range(16):
+            world.Recv(message, 0)
+        more = message[0]
+        world.Send(empty, 0)
+if first:
+    taken.sort()
+    gbytes = count * len(message) / (time.perf_counter() - began) / 1e9
+    print(taken[len(taken) // 2], taken[len(taken) * 99 // 100], gbytes)
+"""
+
+
+def _mpi(to: str, seconds: float) -> list[str]:
+    variables = [f"{name}={value}" for name, value in MPI_WAYS["libfabric"].items()]
+    work = _python(_MPI_RANK, str(seconds))
+    client = _python(_MPI_CLIENT, Bridge.left_address, to, find("mpiexec") or "mpiexec", *work)
+    return ["env", *variables, *client]
+
+
+def _read_mpi(text: str) -> Figures:
+    p50, p99, gbytes = map(float, text.split())
+    return {"p50_us": p50, "p99_us": p99, "gbytes_per_s": gbytes}
+
+
 def _python(code: str, *words: str) -> list[str]:
     return [sys.executable, "-c", code, *words]
 
@@ -222,7 +387,7 @@ PROGRAMS: dict[str, Bench] = {
     "redis": Bench(
         ("redis-server", "redis-benchmark"),
         _redis_server,
-        _redis_client,
+        lambda to, seconds: redis_client(to, int(60_000 * seconds)),
         _read_redis,
         6379,
         ("bridge", "run", "unix"),
@@ -234,6 +399,23 @@ PROGRAMS: dict[str, Bench] = {
         lambda to, seconds: ["iperf3", "-c", to, "-J", "-t", str(max(1, round(seconds)))],
         _read_iperf3,
         5201,
+    ),
+    "postgres": Bench(
+        ("postgres", "initdb", "pgbench"),
+        _postgres_server,
+        _pgbench,
+        _read_pgbench,
+        _POSTGRES_PORT,
+        ("bridge", "run", "unix"),
+        before=AS_ORDINARY_USER,
+    ),
+    "mpi": Bench(
+        ("mpiexec",),
+        lambda *_: _python(_MPI_SERVER),
+        _mpi,
+        _read_mpi,
+        _MPI_PORT,
+        modules=("mpi4py", "numpy"),
     ),
     "connect": Bench(
         (),
@@ -279,9 +461,9 @@ def measure(
     Returns
     -------
     list of dict
-        ``program``, ``way``, the medians ``per_second``, ``gbytes_per_s``, ``p50_us``, ``p99_us`` (null where
-        a program has no such figure), ``cpu_s`` (processor seconds of the whole machine for each second of
-        work), ``runs``, ``values`` (of the main figure) and ``machine``.
+        ``program``, ``way``, ``monitor`` (null), the medians ``per_second``, ``gbytes_per_s``, ``p50_us``,
+        ``p99_us`` (null where a program has no such figure), ``cpu_s`` (processor seconds of the whole
+        machine for each second of work), ``runs``, ``values`` (of the main figure) and ``machine``.
 
     Raises
     ------
@@ -302,9 +484,7 @@ def measure(
         doors = {side: broker.door(side) for side in ("left", "right")}
         for name in names:
             bench = PROGRAMS[name]
-            missing = [program for program in bench.needs if shutil.which(program) is None]
-            missing += [module for module in bench.modules if importlib.util.find_spec(module) is None]
-            if missing:
+            if missing := bench.missing():
                 tell(f"{name}: {', '.join(missing)} is not installed")
                 continue
             runs: dict[str, list[Figures]] = {way: [] for way in bench.ways}
@@ -312,12 +492,15 @@ def measure(
                 tell(f"{name}: turn {turn + 1} of {repeat}")
                 for way in bench.ways:
                     runs[way].append(_run(bench, way, bridge, doors, seconds))
-            found += [_record(name, way, runs[way], described) for way in bench.ways]
+            found += [record_of(name, way, runs[way], described) for way in bench.ways]
     return found
 
 
-def _record(name: str, way: str, runs: list[Figures], described: dict[str, Any]) -> dict[str, Any]:
-    record: dict[str, Any] = {"bench": "programs", "program": name, "way": way}
+def record_of(
+    name: str, way: str, runs: list[Figures], described: dict[str, Any], monitor: str | None = None
+) -> dict[str, Any]:
+    """The medians of a program's turns in one way, with what they belong to."""
+    record: dict[str, Any] = {"bench": "programs", "program": name, "way": way, "monitor": monitor}
     for figure in ("per_second", "gbytes_per_s", "p50_us", "p99_us", "cpu_s"):
         values = [run[figure] for run in runs if figure in run]
         record[figure] = float(f"{statistics.median(values):.6g}") if values else None
@@ -330,10 +513,11 @@ def _record(name: str, way: str, runs: list[Figures], described: dict[str, Any])
 
 def _run(bench: Bench, way: str, bridge: Bridge, doors: dict[str, str], seconds: float) -> Figures:
     def words(side: str, command: list[str]) -> list[str]:
+        before = [*bridge.prefix(side), *(bench.before if side == "right" else ())]
         if way != "run":
-            return [*bridge.prefix(side), "env", f"ISTHMUS_DOOR={doors[side]}", *command]
+            return [*before, "env", f"ISTHMUS_DOOR={doors[side]}", *command]
         supervised = [sys.executable, "-m", "isthmus", "run", "--door", doors[side], "--require", "--"]
-        return [*bridge.prefix(side), *supervised, *command]
+        return [*before, *supervised, *command]
 
     with tempfile.TemporaryDirectory() as text:
         directory = Path(text)

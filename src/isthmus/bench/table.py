@@ -13,7 +13,7 @@ from isthmus.bench.calm import ONE_CORE_US
 from isthmus.bench.cases import CLIENTS
 from isthmus.bench.records import Record
 
-__all__ = ["BASELINE", "print_programs", "print_tables", "ratio", "size_word"]
+__all__ = ["BASELINE", "print_programs", "print_tables", "programs_title", "ratio", "size_word"]
 
 #: The part of the machine that others may use before it is worth a word.
 FOREIGN_LOAD = 0.1
@@ -47,7 +47,7 @@ def print_tables(records: Sequence[Record], console: Console) -> None:
 
 def print_programs(records: Sequence[dict[str, Any]], console: Console) -> None:
     """Print what `isthmus bench programs` measured, each way beside the bridge."""
-    table = Table(title="Unmodified programs", title_justify="left")
+    table = Table(title=programs_title(records), title_justify="left")
     for column in ("program", "way"):
         table.add_column(column)
     for column in ("a second", "GB/s", "p50 µs", "p99 µs", "of bridge", "busy CPUs"):
@@ -62,12 +62,18 @@ def print_programs(records: Sequence[dict[str, Any]], console: Console) -> None:
             record["way"],
             *(
                 "" if record[name] is None else f"{record[name]:,.{digits}f}"
-                for name, digits in (("per_second", 0), ("gbytes_per_s", 2), ("p50_us", 0), ("p99_us", 0))
+                for name, digits in (("per_second", 0), ("gbytes_per_s", 2), ("p50_us", 1), ("p99_us", 1))
             ),
             f"{times:.2f} x" + (" (time)" if main == "p50_us" else ""),
             f"{record['cpu_s']:.2f}",
         )
     console.print(table)
+
+
+def programs_title(records: Sequence[dict[str, Any]]) -> str:
+    """Return what `isthmus bench programs` measured, and between which guests if it was between guests."""
+    guests = records[0]["machine"].get("guests")
+    return f"Unmodified programs between guests\n{guests}" if guests else "Unmodified programs"
 
 
 def ratio(record: Record, records: Iterable[Record], figure: str, wait: str | None = None) -> float | None:

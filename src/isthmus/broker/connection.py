@@ -102,7 +102,18 @@ class Pending:
 class Connection:
     """A connection as far as the broker knows it."""
 
-    __slots__ = ("accepter", "carrier", "kind", "number", "opener", "pending", "rule", "since", "why")
+    __slots__ = (
+        "accepter",
+        "ahead",
+        "carrier",
+        "kind",
+        "number",
+        "opener",
+        "pending",
+        "rule",
+        "since",
+        "why",
+    )
 
     def __init__(
         self,
@@ -124,6 +135,8 @@ class Connection:
         self.opener = Side(self, opener[0], accepter[0], opener[1])
         self.accepter = Side(self, accepter[0], opener[0], accepter[1])
         self.pending: Pending | None = None
+        #: Made before anybody asked for it, and not used yet.
+        self.ahead = False
 
     def side_of(self, attachment: Attachment) -> Side | None:
         """The open side that this program holds; a program connected to itself closes the opener's first."""
@@ -141,8 +154,10 @@ def path_of(decision: Decision, opener: Domain, accepter: Domain) -> str:
     return "put" if decision.strict else "sealed"
 
 
-def path_text(decision: Decision, path: str) -> str:
+def path_text(decision: Decision, path: str, opener: Domain, accepter: Domain) -> str:
     """Why a connection takes the path it takes, in the words that both ends get."""
+    if path == SOCKET and "vm" in (opener.kind, accepter.kind):
+        return f"a guest is involved, so the switch copies; {decision.why}; both programs use kernel sockets"
     if path == SOCKET:
         return f"same kernel; {decision.why}; both programs use kernel sockets"
     if path == "switch":

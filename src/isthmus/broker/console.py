@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from isthmus._native import check_name
 
 from . import metrics
+from .addresses import owns, parse
 from .answers import Refuse
 from .directory import Domain
 from .doors import DEVICE, DoorError
@@ -166,13 +167,27 @@ class Console:
         if port is not None and (not isinstance(port, int) or not 1 <= port < 2**32 - 1):
             raise Wrong(f"port: {port!r} is not a port")
         broker = self._service.broker
-        parties = []
-        for key in ("from", "to"):
-            domain = broker.find_domain(str(request.get(key)))
-            if domain is None:
-                raise Wrong(f"domain {request.get(key)}: there is none; see `isthmus domain list`")
-            parties.append(domain)
+        broker.kernel_sockets.sweep()
+        parties = [self._party(str(request.get(key))) for key in ("from", "to")]
         return explain(broker, parties[0], parties[1], port)
+
+    def _party(self, text: str) -> Domain:
+        """A domain by its name, its number or an address of it."""
+        broker = self._service.broker
+        domain = broker.find_domain(text)
+        if domain is not None:
+            return domain
+        try:
+            address = parse(text)
+        except ValueError:
+            raise Wrong(f"domain {text}: there is none; see `isthmus domain list`") from None
+        named = sorted(domain.name for domain in broker.domains.values() if owns(domain, address))
+        if named:
+            raise Wrong(
+                f"{address}: given to {' and '.join(named)} as part of a network, "
+                "and no program there says that it has it"
+            )
+        raise Wrong(f"{address}: no domain has this address; isthmus domain add NAME --address {address}")
 
     def _reload(self, _: dict[str, Any]) -> dict[str, Any]:
         cut, notes = self._service.reload()

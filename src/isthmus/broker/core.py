@@ -8,6 +8,7 @@ Format: docs/formats/control.md.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import socket
 import traceback
@@ -85,12 +86,14 @@ class Broker:
             "connect": self.introductions.handle_connect,
             "connect-socket": self.kernel_sockets.handle_connect,
             "fallback": self.kernel_sockets.handle_fallback,
+            "find-nic": self._find_nic,
             "accept": self.introductions.handle_accept,
             "refuse": self.introductions.handle_refuse,
             "close": self.introductions.handle_close,
             "resolve": self._resolve,
             "resume": self.introductions.handle_resume,
             "resume-socket": self.kernel_sockets.handle_resume,
+            "take-socket": self.kernel_sockets.handle_take,
             "status": self._status,
         }
 
@@ -289,7 +292,7 @@ class Broker:
             self.introductions.cut(connection, "refused-by-rule", text, decision.rule)
         else:
             connection.rule = decision.rule
-            connection.why = path_text(decision, connection.carrier)
+            connection.why = path_text(decision, connection.carrier, opener.domain, accepter.domain)
             for side in (opener, accepter):
                 if side.attachment is not None and connection.pending is None:
                     self.introductions.tell_terms(side.attachment, connection, decision)
@@ -478,6 +481,23 @@ class Broker:
         if domain is None:
             raise Refuse("unknown-domain", f"there is no domain {shown(fields['name'])} on this node")
         attachment.send("resolved", request, domain=domain.number, name=domain.name)
+
+    def nic(self, domain: Domain) -> int:
+        """The address of a domain's virtual network card: 48 bits, as lasting as the node's key."""
+        digest = hmac.digest(self._state.key, b"nic\0" + domain.name.encode(), "sha256")
+        return 0x02 << 40 | int.from_bytes(digest[:5], "big")
+
+    def _find_nic(self, attachment: Attachment, request: int, fields: dict[str, Any], _: Descriptors) -> None:
+        if fields["nic"]:
+            domain = next((d for d in self.domains.values() if self.nic(d) == fields["nic"]), None)
+        elif fields["name"]:
+            domain = self.find_domain(fields["name"])
+        else:
+            domain = attachment.domain
+        if domain is None:
+            meant = f"card {fields['nic']:012x}" if fields["nic"] else f"domain {shown(fields['name'])}"
+            raise Refuse("unknown-domain", f"there is no {meant} on this node")
+        attachment.send("nic", request, nic=self.nic(domain), domain=domain.number, name=domain.name)
 
     # Connections.
 

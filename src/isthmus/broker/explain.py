@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus._native import ANY_PORT
 
-from .connection import path_of
+from .connection import SOCKET, path_of
+from .exchange import exchange
 from .policy import PORT_MAX, Decision
 
 if TYPE_CHECKING:
     from .core import Broker
-    from .directory import Domain
+    from .directory import Binding, Domain
 
 
 def explain(broker: Broker, source: Domain, destination: Domain, port: int | None) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def explain(broker: Broker, source: Domain, destination: Domain, port: int | Non
         "to": destination.name,
         "port": port,
         "ranges": [_entry(broker, source, destination, *found) for found in ranges],
+        "run": exchange(broker, source, destination, port),
     }
 
 
@@ -32,6 +34,10 @@ def _entry(
     broker: Broker, source: Domain, destination: Domain, low: int, high: int, decision: Decision
 ) -> dict[str, Any]:
     path = path_of(decision, source, destination) if decision.accepted else None
+    if low == high and path not in (None, "switch"):
+        binding = destination.listener(low, source.number)
+        if binding is not None and binding.attachment.brings_sockets and binding.port != ANY_PORT:
+            path = SOCKET
     return {
         "ports": str(low) if low == high else f"{low}-{high}",
         "action": decision.action,
@@ -60,6 +66,8 @@ def _notes(
         notes.append(
             f"not sealed, which is faster: rule {decision.rule} says strict, so no page may be shared"
         )
+    elif path == SOCKET:
+        notes.append("isthmus run and isthmus.kernel_socket lead there; isthmus.create_connection is refused")
     else:
         if decision.action == "drop":
             notes.append("the program that asks is told that nobody listens")
@@ -76,10 +84,10 @@ def _notes(
         if matched is not None and matched.unenforced and path != "switch":
             notes.append(
                 f"{', '.join(matched.unenforced)} of {matched.says} not enforced here: "
-                f"on a {path} lane nobody stands between the two ends"
+                f"{_on(path)} nobody stands between the two ends"
             )
         for here, peer in ((source, destination), (destination, source)):
-            over = here.over(peer, 0)
+            over = here.over(peer, 0, 0) if path == SOCKET else here.over(peer, 0)
             if over is not None:
                 notes.append(f"would be refused now: limit reached: {over}")
         if low == high:
@@ -90,8 +98,17 @@ def _notes(
                 notes.append(
                     "the guest is asked whether a program of it listens there"
                     if binding.port == ANY_PORT
-                    else f"process {binding.attachment.pid} listens there ({binding.kind})"
+                    else f"process {binding.attachment.pid} listens there ({_taken(binding)})"
                 )
         elif high != PORT_MAX or low != 1:
             notes.append("other ports are decided by other rules")
     return notes
+
+
+def _on(path: str) -> str:
+    return "on a socket" if path == SOCKET else f"on a {path} lane"
+
+
+def _taken(binding: Binding) -> str:
+    """What a listener takes."""
+    return f"{binding.kind}, kernel sockets alone" if binding.attachment.brings_sockets else binding.kind

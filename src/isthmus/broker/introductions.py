@@ -68,6 +68,15 @@ class Introductions:
         port, kind, carrier = fields["to_port"], fields["kind"], fields["carrier"]
         destination, binding, decision = self.admit(source, fields["to"], port, kind)
         where = f"{destination.name}:{port}"
+        if binding.attachment.brings_sockets and ANY_PORT in attachment.leases:
+            # A guest's program that speaks plain AF_VSOCK: to it one is like the other.
+            from_port = self._leased(attachment, fields["from_port"])
+            admitted = (destination, binding, decision)
+            origin = (self._broker.kernel_sockets.source_address(source, ""), from_port & 0xFFFF)
+            self._broker.kernel_sockets.introduce(
+                attachment, request, kind, admitted, port, origin, from_port=from_port
+            )
+            return
         if binding.attachment.brings_sockets:
             raise Refuse(
                 "path-unavailable",
@@ -80,7 +89,7 @@ class Introductions:
             if fields["require"]:
                 raise Refuse(
                     "path-unavailable",
-                    f"{where}: {carrier} is required, but {path_text(decision, wanted)}",
+                    f"{where}: {carrier} is required, but {path_text(decision, wanted, source, destination)}",
                     decision.rule,
                 )
             raise Refuse("use-carrier", wanted, decision.rule)
@@ -102,7 +111,7 @@ class Introductions:
             kind,
             carrier,
             decision.rule,
-            path_text(decision, carrier),
+            path_text(decision, carrier, source, destination),
             self._clock(),
             (source, from_port or source.choose_port()),
             (destination, port),
@@ -373,7 +382,7 @@ class Introductions:
                 kind,
                 carrier,
                 decision.rule,
-                path_text(decision, carrier),
+                path_text(decision, carrier, source, destination),
                 self._clock(),
                 (source, ends[1]),
                 (destination, ends[3]),
@@ -469,6 +478,8 @@ class Introductions:
         side.release()
         if not (connection.opener.held or connection.accepter.held):
             self.connections.pop(connection.number, None)
+            if connection.ahead:
+                return
             self._log_connection(
                 "close", connection, why=why, seconds=round(self._clock() - connection.since, 3)
             )

@@ -14,17 +14,18 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from isthmus._native import Living, unix_socket_kind
+from isthmus._native import ANY_PORT, Living, unix_socket_kind
 
 from .addresses import owns, parse
 from .answers import Refuse, shown
 from .attachment import Attachment, OutOfDescriptors
 from .connection import SOCKET, Connection, Pending, Side, path_text
 from .descriptors import Descriptors
-from .directory import Domain, Fallback
+from .directory import Binding, Domain, Fallback
 
 if TYPE_CHECKING:
     from .core import Broker
+    from .policy import Decision
 
 #: How often the broker looks which ends still exist while nobody asks.
 SWEEP_S = 5.0
@@ -49,40 +50,83 @@ class KernelSockets:
     def handle_connect(
         self, attachment: Attachment, request: int, fields: dict[str, Any], _: Descriptors
     ) -> None:
-        source = attachment.domain
-        introductions = self._broker.introductions
-        port, kind = fields["to_port"], fields["kind"]
-        if kind not in _TYPES:
-            raise Refuse("wrong-kind", f"there are no kernel sockets for {kind}")
-        destination, binding, decision = introductions.admit(source, fields["to"], port, kind)
-        self._sweep_at_limits(source, destination)
+        source, port = attachment.domain, fields["to_port"]
+        destination, binding, decision = self._broker.introductions.admit(
+            source, fields["to"], port, fields["kind"]
+        )
         where = f"{destination.name}:{port}"
-        if "vm" in (source.kind, destination.kind):
-            raise Refuse("path-unavailable", f"{where}: a guest takes part, which has sockets of its own")
-        if not binding.attachment.brings_sockets:
+        if binding.port == ANY_PORT:
+            # A guest. Whatever listens at this port of its socket device need not be what listens on TCP.
+            if _is_address(fields["to"]):
+                raise Refuse("nobody-listens", f"{where}: nobody listens there")
+        elif not binding.attachment.brings_sockets:
             raise Refuse(
                 "path-unavailable",
                 f"{where}: its program uses Isthmus itself and takes no kernel sockets; "
                 "connect with isthmus.create_connection",
                 decision.rule,
             )
-        source_address = self._source_address(source, fields["source"])
+        origin = (self.source_address(source, fields["source"]), fields["source_port"])
+        named = fields["to"] if _is_address(fields["to"]) else ""
+        admitted = (destination, binding, decision)
+        ahead = bool(fields["ahead"])
+        self.introduce(attachment, request, fields["kind"], admitted, port, origin, named, ahead=ahead)
+
+    def introduce(
+        self,
+        attachment: Attachment,
+        request: int,
+        kind: str,
+        admitted: tuple[Domain, Binding, Decision],
+        port: int,
+        origin: tuple[str, int],
+        named: str = "",
+        from_port: int = 0,
+        *,
+        ahead: bool = False,
+    ) -> None:
+        """Make a pair of sockets, and ask the listener's program to take its end.
+
+        Parameters
+        ----------
+        admitted : the listener, as `Introductions.admit` found it
+        port : int
+            Of the listener's domain.
+        origin : address and port
+            What the listener is told of where the connection comes from; may be empty.
+        named : str
+            The address that the opener asked for, if it was one.
+        from_port : int
+            A port that the opener has leased; 0 lets the broker choose one.
+        ahead : bool
+            Ahead of its use: it is shown and counted as opened once the opener takes it.
+        """
+        source = attachment.domain
+        introductions = self._broker.introductions
+        destination, binding, decision = admitted
+        if kind not in _TYPES:
+            raise Refuse("wrong-kind", f"there are no kernel sockets for {kind}")
+        if kind != "stream" and "vm" in (source.kind, destination.kind):
+            raise Refuse("wrong-kind", "kernel sockets of guests are streams")
+        self._sweep_at_limits(source, destination)
         listener = introductions.room_for(source, destination, binding, 0, decision.rule, lanes=0)
         connection = Connection(
             introductions.new_number(),
             kind,
             SOCKET,
             decision.rule,
-            path_text(decision, SOCKET),
+            path_text(decision, SOCKET, source, destination),
             self._broker.clock(),
-            (source, source.choose_port()),
+            (source, from_port or source.choose_port()),
             (destination, port),
         )
+        connection.ahead = ahead
         try:
             ours, theirs = (end.detach() for end in _pair(_TYPES[kind]))
         except OSError as error:
             raise Refuse("limit-reached", f"the broker is out of descriptors: {error.strerror}") from None
         try:
+            introductions.tell_terms(listener, connection, decision)
             listener.send(
                 "incoming-socket",
                 0,
@@ -91,12 +135,13 @@ class KernelSockets:
                 **{"from": source.number},
                 from_name=source.name,
                 from_port=connection.opener.port,
-                source=source_address,
-                source_port=fields["source_port"],
+                source=origin[0],
+                source_port=origin[1],
                 port=port,
                 partner=binding.partner,
-                destination=fields["to"] if _is_address(fields["to"]) else "",
+                destination=named,
                 kind=kind,
+                ahead=ahead,
                 why=connection.why,
                 ticket=introductions.ticket(connection, "accepter"),
             )
@@ -109,7 +154,7 @@ class KernelSockets:
             raise
         finally:
             os.close(theirs)
-        introductions.enter(connection, attachment, binding, 0, 0)
+        introductions.enter(connection, attachment, binding, 0, from_port)
         for side in (connection.opener, connection.accepter):
             side.domain.sockets.add(side)
         connection.pending = Pending(request, binding, ours, 0, 0, 0, self._broker.answer_deadline())
@@ -121,6 +166,16 @@ class KernelSockets:
         assert opener.attachment is not None
         assert pending is not None
         end = pending.bell
+        if len(descriptors) and opener.domain.kind == "vm":
+            # The switch would read it, which serves all guests and must not wait; but whoever keeps a copy of
+            # a socket can make others wait who use it.
+            introductions.fail_pending(
+                connection,
+                "path-unavailable",
+                "a program that listens with isthmus.kernel_server takes nobody in from a guest; "
+                "start it with `isthmus run`, or listen with isthmus.create_server",
+            )
+            return
         if len(descriptors):
             end = descriptors.fds[0]
             if unix_socket_kind(end) != connection.kind:
@@ -128,7 +183,9 @@ class KernelSockets:
                 introductions.fail_pending(connection, "peer-gone", text)
                 return
             self._watch_only(connection, end)
+        decision = self._broker.policy.look(opener.domain, accepter.domain, accepter.port)
         try:
+            introductions.tell_terms(opener.attachment, connection, decision)
             opener.attachment.send(
                 "connected-socket",
                 pending.request,
@@ -145,7 +202,19 @@ class KernelSockets:
             introductions.fail_pending(connection, "limit-reached", "no more descriptors can be in flight")
             return
         introductions.settle(connection)
-        introductions.opens(connection)
+        if not connection.ahead:
+            introductions.opens(connection)
+
+    def handle_take(self, attachment: Attachment, _: int, fields: dict[str, Any], __: Descriptors) -> None:
+        """A connection that was made ahead is used: either side says so."""
+        connection = self._broker.introductions.connections.get(fields["connection"])
+        if connection is not None and connection.side_of(attachment) is not None:
+            self._take(connection)
+
+    def _take(self, connection: Connection) -> None:
+        if connection.ahead and connection.pending is None:
+            connection.ahead = False
+            self._broker.introductions.opens(connection)
 
     def handle_resume(
         self, attachment: Attachment, request: int, fields: dict[str, Any], descriptors: Descriptors
@@ -157,6 +226,8 @@ class KernelSockets:
         if side.held:
             # It was this program's before, and the broker never forgot.
             side.belong_to(attachment)
+            # And whoever shows it uses it.
+            self._take(side.connection)
             attachment.send("done", request)
             return
         over = side.domain.over(side.peer, 0, 0)
@@ -241,7 +312,7 @@ class KernelSockets:
         if source.over(destination, 0, 0) or destination.over(source, 0, 0):
             self.sweep_for_tenants()
 
-    def _source_address(self, source: Domain, text: str) -> str:
+    def source_address(self, source: Domain, text: str) -> str:
         """What the listener is told of where the connection comes from.
 
         Raises

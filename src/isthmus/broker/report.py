@@ -36,8 +36,8 @@ def describe_domain(broker: Broker, domain: Domain) -> dict[str, Any]:
     """A domain, its programs, its ports and its connections. Nothing of any other domain but its name."""
     attachments = sorted(domain.attachments, key=lambda a: a.number)
     listeners = sorted(domain.listeners(), key=lambda b: (b.port, b.partner))
-    sides = [side for attachment in attachments for side in attachment.sides]
-    sides += [side for side in domain.sockets if side.attachment is None]
+    sides = [side for attachment in attachments for side in attachment.sides if not side.connection.ahead]
+    sides += [s for s in domain.sockets if s.attachment is None and not s.connection.ahead]
     traffic = traffic_now([domain], {side.connection for side in sides})
     return {
         **summarise_domain(broker, domain),
@@ -135,6 +135,8 @@ def describe_side(broker: Broker, side: Side) -> dict[str, Any]:
 def describe_connections(broker: Broker) -> Iterator[dict[str, Any]]:
     """Every connection, seen from its opener, or from its accepter where the opener has gone."""
     for connection in broker.introductions.connections.values():
+        if connection.ahead:
+            continue
         side = connection.opener if connection.opener.held else connection.accepter
         yield {"domain": side.domain.name, **describe_side(broker, side)}
 

@@ -15,6 +15,7 @@ from .output import EXIT_FAILED, Problem
 COMMANDS: dict[str, tuple[str, str]] = {
     "broker": ("isthmus.cli.broker:broker", "Run the broker of this node in the foreground."),
     "switch": ("isthmus.cli.switch:switch", "Run the switch for guests; the broker starts it."),
+    "card": ("isthmus.cli.card:card", "Lend a network interface to domains, for MX."),
     "agent": ("isthmus.cli.agent:agent", "Run the agent of a guest."),
     "vm": ("isthmus.cli.vm:vm", "Small guests, and how to attach your own."),
     "run": ("isthmus.cli.run:run", "Run an unmodified program, directly to its neighbours."),
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resolve": ("isthmus.cli.resolve:resolve", "The number of a domain, for AF_VSOCK."),
     "reload": ("isthmus.cli.reload:reload", "Read the policy file again."),
     "metrics": ("isthmus.cli.metrics:metrics", "Print the figures for Prometheus."),
+    "mx": ("isthmus.cli.mx:mx", "MX: what C programs are compiled and linked with."),
     "doctor": ("isthmus.cli.doctor:doctor", "Check this machine, and say what to do."),
     "bench": ("isthmus.bench.cli:bench_group", "Measure, side by side with what you use today."),
     "demo": ("isthmus.demo:main", "Two isolated neighbours at work."),

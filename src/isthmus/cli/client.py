@@ -64,12 +64,15 @@ def ask(directory: Path, do: str, **what: Any) -> dict[str, Any]:
     return dict(answer)
 
 
-def door_from_environment() -> Path | None:
-    """The door that ISTHMUS_DOOR names: the socket, or the directory it lies in."""
-    text = os.environ.get("ISTHMUS_DOOR")
-    if not text:
-        return None
-    path = Path(text)
+def door_here() -> Path | None:
+    """The door of the domain that this is in: the one that ISTHMUS_DOOR names, by itself or by its directory,
+    or else the usual one if it is there."""
+    from isthmus.node import DOOR_DEFAULT, DOOR_ENV
+
+    named = os.environ.get(DOOR_ENV)
+    path = Path(named or DOOR_DEFAULT)
+    if not named:
+        return path if path.exists() else None
     return path / "door" if path.is_dir() else path
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import click
 
-from .client import DoorClient, ask, door_from_environment
+from .client import DoorClient, ask, door_here
 from .output import EXIT_FAILED, Problem, dir_option, json_option, runtime_dir, say_json, table, wants_json
 
 #: The oldest kernel that this is tested for, and the first with MADV_COLLAPSE.
@@ -213,7 +213,7 @@ def check_stalls() -> Iterator[Finding]:
     ways = []
     if _read("/proc/sys/vm/unprivileged_userfaultfd") == "1":
         ways.append(("every program may use userfaultfd", "sysctl vm.unprivileged_userfaultfd=0"))
-    if door_from_environment() is not None:
+    if door_here() is not None:
         devices = [path for path in ("/dev/userfaultfd", "/dev/fuse") if os.access(path, os.R_OK | os.W_OK)]
         ways += [(f"this container has {path}", f"run it without {path}") for path in devices]
     for what, do in ways:
@@ -284,7 +284,7 @@ def check_guest() -> Iterator[Finding]:
 
 
 def check_broker(directory: Path) -> Iterator[Finding]:
-    door = door_from_environment()
+    door = door_here()
     try:
         pid = ask(directory, "ping")["pid"]
         yield Finding("broker", "ok", f"process {pid} serves {directory}")

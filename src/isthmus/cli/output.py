@@ -75,3 +75,8 @@ def size(count: float) -> str:
         if count < 1024:
             return f"{count:.1f} {unit}"
     return f"{count / 1024:.1f} TiB"
+
+
+def address_and_port(address: str, port: int) -> str:
+    """Both as people write them."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .client import DoorClient, door_from_environment
+from .client import DoorClient, door_here
 from .output import EXIT_NO_BROKER, Problem, json_option, say_json, wants_json
-
-#: Where containers and guests with an agent find their door.
-DOOR = Path("/run/isthmus/door/door")
 
 
 @click.command()
@@ -34,16 +30,17 @@ def resolve(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 def _number(name: str) -> int:
-    door = door_from_environment()
-    if door is not None or DOOR.exists():
-        with DoorClient(door or DOOR) as client:
+    door = door_here()
+    if door is not None:
+        with DoorClient(door) as client:
             found: dict[str, Any] = client.ask("resolve", "resolved", name=name)
             return int(found["domain"])
     from isthmus import errors, vsock
+    from isthmus.node import DOOR_DEFAULT
 
     try:
         return vsock.resolve(name)
     except errors.NoBroker as error:
-        raise Problem(f"no door at {DOOR}, and {error.strerror}", EXIT_NO_BROKER) from None
+        raise Problem(f"no door at {DOOR_DEFAULT}, and {error.strerror}", EXIT_NO_BROKER) from None
     except errors.IsthmusError as error:
         raise Problem(str(error.strerror)) from None

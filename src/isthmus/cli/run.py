@@ -20,8 +20,9 @@ _EXIT_NOT_EXECUTABLE = 126
     "--door", type=click.Path(path_type=Path), help="The door of the domain this is in [ISTHMUS_DOOR]."
 )
 @click.option("--require", is_flag=True, help="Refuse connections that would have to take the network.")
+@click.option("--io-uring", is_flag=True, help="Let programs make rings; who has one is reached over TCP.")
 @click.option("-v", "--verbose", is_flag=True, help="A line on standard error for each connection.")
-def run(program: tuple[str, ...], door: Path | None, require: bool, verbose: bool) -> None:
+def run(program: tuple[str, ...], door: Path | None, require: bool, io_uring: bool, verbose: bool) -> None:
     """Run an unmodified program; its TCP connections to neighbours do not touch the network.
 
     \b
@@ -37,9 +38,19 @@ def run(program: tuple[str, ...], door: Path | None, require: bool, verbose: boo
 
     try:
         ended = run_program(
-            list(program), door_of(str(door) if door else None), require=require, verbose=verbose
+            list(program),
+            door_of(str(door) if door else None),
+            require=require,
+            verbose=verbose,
+            rings=io_uring,
         )
     except NotStarted as error:
+        if error.errno == errno.EBUSY:
+            raise Problem(
+                f"{program[0]}: this already runs under `isthmus run`, or a container runtime answers its "
+                "system calls; start it without another `isthmus run`",
+                _EXIT_NOT_EXECUTABLE,
+            ) from None
         code = _EXIT_NOT_FOUND if error.errno == errno.ENOENT else _EXIT_NOT_EXECUTABLE
         raise Problem(f"{program[0]}: {error.strerror}", code) from None
     ended.imitate()

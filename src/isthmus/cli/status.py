@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from .client import DoorClient, ask, door_from_environment
+from .client import DoorClient, ask, door_here
 from .output import (
     EXIT_NO_BROKER,
     Problem,
+    address_and_port,
     dir_option,
     json_option,
     runtime_dir,
@@ -29,13 +30,13 @@ from .output import (
 def status(ctx: click.Context, domain: str | None, as_json: bool, directory: str | None) -> None:
     """Show domains, connections and their paths.
 
-    The operator sees the node, or one DOMAIN closely. With ISTHMUS_DOOR set and no right to the
-    operator's socket, one sees the domain behind that door.
+    The operator sees the node, or one DOMAIN closely. Who is not the operator sees the domain behind the
+    door that ISTHMUS_DOOR names, or the one in the usual place.
     """
     try:
         answer = ask(runtime_dir(ctx, directory), "status", domain=domain)
     except Problem as problem:
-        door = door_from_environment()
+        door = door_here()
         if problem.exit_code != EXIT_NO_BROKER or door is None:
             raise
         answer = {"domain": _through_door(door, domain)}
@@ -149,9 +150,14 @@ def _show_fallbacks(fallbacks: list[dict[str, Any]], *, with_domain: bool) -> No
         return
 
     def row(f: dict[str, Any]) -> tuple[object, ...]:
-        to = f"[{f['to']}]:{f['to_port']}" if ":" in f["to"] else f"{f['to']}:{f['to_port']}"
         domain = (f["domain"],) if with_domain else ()
-        return *domain, to, f["count"], "refused" if f["refused"] else "tcp", f["why"]
+        return (
+            *domain,
+            address_and_port(f["to"], f["to_port"]),
+            f["count"],
+            "refused" if f["refused"] else "tcp",
+            f["why"],
+        )
 
     click.echo()
     domain = ("domain",) if with_domain else ()

@@ -271,7 +271,7 @@ class Guest:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         for pump in self._pumps:
-            pump.finish()
+            pump.finish(wait=False)
         for fd in (*self._kept, *([] if self.output is None else [self.output])):
             os.close(fd)
         self._kept.clear()
@@ -295,17 +295,22 @@ class Guest:
 
 
 class _Pump:
-    """Copies one descriptor to another until told to finish, then closes both; what has come is copied."""
+    """Copies one descriptor to another until told to finish, then closes both; what has come is copied.
+
+    Unless nobody reads it, and the pump is told not to wait for that.
+    """
 
     def __init__(self, source: int, sink: int, *, pieces: bool = False) -> None:
         self._pieces = pieces
         self._source = source
         self._sink = sink
         self._finishing = False
+        self._patient = True
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
+    def finish(self, *, wait: bool = True) -> None:
+        self._patient = wait
         self._finishing = True
         self._thread.join()
 
@@ -326,7 +331,11 @@ class _Pump:
 
     def _write(self, data: bytes) -> None:
         while data:
-            data = data[os.write(self._sink, data) :]
+            if select.select([], [self._sink], [], PUMP_S)[1]:
+                # A pipe that has room has room for so much.
+                data = data[os.write(self._sink, data[: select.PIPE_BUF]) :]
+            elif not self._patient:
+                return
 
 
 def descendants(pid: int) -> list[int]:

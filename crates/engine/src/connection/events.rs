@@ -2,16 +2,51 @@
 
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 
-use isthmus_ring::Seen;
+use isthmus_ring::{Dest, Seen};
 
 use super::{Connection, RxSide, SHUT_RECEIVE};
 use crate::datagram::Datagram;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lock;
 use crate::readiness::Readiness;
 use crate::wait::{Place, spin};
+
+/// A message that is looked at before it is received, or stays.
+pub struct Front<'a> {
+    connection: &'a Connection,
+    side: MutexGuard<'a, RxSide>,
+    len: usize,
+}
+
+impl Front<'_> {
+    /// Bytes of the message.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copy its beginning. The sender may write other bytes meanwhile: believe what was copied.
+    pub fn peek(&mut self, beginning: &mut [u8]) -> usize {
+        crate::lane::with_dest(beginning, |dest| self.side.rx.peek(dest).0)
+    }
+
+    /// Receive it: what does not fit is lost. Returns the bytes stored.
+    ///
+    /// # Errors
+    /// As [`Connection::receive`].
+    pub fn take(mut self, dest: &mut Dest<'_>) -> Result<usize> {
+        let (got, _, ring) = self.side.rx.read(dest)?;
+        self.connection.ring(ring);
+        Ok(got)
+    }
+}
 
 impl Connection {
     /// Before parking in an event loop: arm for data, and for space if `space`.
@@ -64,6 +99,26 @@ impl Connection {
             }
         }
         self.park(true, false)
+    }
+
+    /// The message at the front, if there is one; nobody else receives meanwhile. Makes no system call, and so hears of
+    /// a peer's death only what somebody else has heard.
+    ///
+    /// # Errors
+    /// [`Error::Closed`]: there will be none any more. Others as [`Connection::receive`].
+    #[inline]
+    pub fn front_message(&self) -> Result<Option<Front<'_>>> {
+        self.check()?;
+        let mut side = lock(&self.rx);
+        if side.rx.quiet() && !self.bell.gone() {
+            return Ok(None);
+        }
+        match side.rx.look()? {
+            Seen::Data(len) => Ok(Some(Front { connection: self, side, len })),
+            Seen::End => Err(Error::Closed),
+            Seen::Nothing if self.bell.gone() => Err(Error::Closed),
+            Seen::Nothing => Ok(None),
+        }
     }
 
     /// Would [`Connection::receive`] return at once? Makes no system call.

@@ -50,7 +50,12 @@ pub struct Visitor {
     pub source_port: u32,
     /// The IP address that the opener named, if it named one.
     pub destination: String,
+    /// Made ahead of its use: nobody is there before the first [`AHEAD`] bytes come.
+    pub ahead: bool,
 }
+
+/// Bytes in front of a connection that was made ahead: the port that it comes from, in the place of `source_port`.
+pub const AHEAD: usize = 2;
 
 /// What somebody asks for.
 #[derive(Clone, Debug)]
@@ -62,6 +67,8 @@ pub struct SocketRequest {
     /// What the other side is told of where this comes from; may be empty.
     pub source: String,
     pub source_port: u32,
+    /// Ahead of its use; whoever uses it writes [`AHEAD`] bytes there, and says so by [`Node::take_socket`].
+    pub ahead: bool,
 }
 
 /// A program whose connections are kernel sockets. Everything is called on the engine's thread.
@@ -92,11 +99,22 @@ impl Node {
         request: &SocketRequest,
         then: Box<dyn FnOnce(Result<Brought>) + Send>,
     ) {
-        let SocketRequest { to, port, kind, source, source_port } = request;
-        let message =
-            Message::ConnectSocket { to, to_port: *port, kind: *kind, source, source_port: *source_port };
+        let SocketRequest { to, port, kind, source, source_port, ahead } = request;
+        let message = Message::ConnectSocket {
+            to,
+            to_port: *port,
+            kind: *kind,
+            source,
+            source_port: *source_port,
+            ahead: u8::from(*ahead),
+        };
         let kind = *kind;
         self.ask_then(&message, &[], Box::new(move |answer| then(answer.and_then(|a| brought(a, kind)))));
+    }
+
+    /// A connection that was made ahead is used now.
+    pub fn take_socket(&self, connection: u64) {
+        let _ = self.tell(0, &Message::TakeSocket { connection }, &[]);
     }
 
     /// Lease a port, to which anybody may connect whom a rule lets in.
@@ -168,6 +186,7 @@ impl Node {
             port,
             destination,
             kind,
+            ahead,
             why,
             ticket,
             ..
@@ -191,6 +210,7 @@ impl Node {
             source: source.to_owned(),
             source_port,
             destination: destination.to_owned(),
+            ahead: ahead != 0,
         };
         host.incoming(self, visitor);
         Ok(())
@@ -305,6 +325,9 @@ impl Ports {
 impl Host for Ports {
     fn incoming(&self, node: &Arc<Node>, visitor: Visitor) {
         let Granted { connection, port, kind, .. } = visitor.brought.granted;
+        if visitor.ahead {
+            return node.refuse(connection, Refusal::PathUnavailable);
+        }
         let connected =
             lock(&self.0).get(&port).map(|port| packet::connect_to(port.listener.as_fd(), shape_of(kind)));
         match connected {

@@ -37,13 +37,16 @@ from isthmus.bench.native import PlanDict, Report
 if TYPE_CHECKING:
     from isthmus.bench.worker import Control
 
-__all__ = ["NAMES", "Job", "Setup", "Transport", "load", "why_not_importable"]
+__all__ = ["BETWEEN_NODES", "NAMES", "Job", "Setup", "Transport", "load", "why_not_importable"]
 
 #: Each transport and its module, in the order of the tables. A module is loaded when its transport is asked
 #: for.
 NAMES: dict[str, str] = {
     "isthmus": "isthmus",
+    "mx": "mx",
     "tcp-bridge": "tcp_bridge",
+    "tcp-cable": "tcp_cable",
+    "tcp-cable-10G": "tcp_cable:LIMITED",
     "vsock": "vsock",
     "unix": "unix",
     "mapped-ring": "mapped_ring",
@@ -54,6 +57,9 @@ NAMES: dict[str, str] = {
     "memcpy": "limits:Memcpy",
     "cacheline": "limits:Cacheline",
 }
+
+#: What `isthmus bench mx` measures, and no other unless it is named.
+BETWEEN_NODES = ("mx", "tcp-cable", "tcp-cable-10G")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+//! The connections of programs, and what waits for those whose lane is full.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use isthmus_engine::lane::{with_dest, with_source, with_two_sources};
+use isthmus_engine::{Connection, Error, How, Result};
+
+use crate::station::PortId;
+
+/// Records that wait for one full lane; more are lost. A lane is full for a moment when it moves to its large ring or
+/// its program is late, and a frame that is lost is missed for half a second.
+const HELD_MAX: usize = 64;
+
+pub(crate) struct Line {
+    pub(crate) connection: Arc<Connection>,
+    /// When it last brought something.
+    pub(crate) busy_us: u64,
+    held: VecDeque<Vec<u8>>,
+}
+
+/// What a connection brought.
+pub(crate) enum Took {
+    Record(usize),
+    Nothing,
+    End,
+}
+
+#[derive(Default)]
+pub(crate) struct Lines {
+    lines: HashMap<PortId, Line>,
+    /// Those for which something waits.
+    holding: Vec<PortId>,
+}
+
+impl Lines {
+    pub(crate) fn insert(&mut self, port: PortId, connection: Arc<Connection>, now_us: u64) {
+        self.lines.insert(port, Line { connection, busy_us: now_us, held: VecDeque::new() });
+    }
+
+    pub(crate) fn get(&self, port: PortId) -> Option<&Line> {
+        self.lines.get(&port)
+    }
+
+    pub(crate) fn get_mut(&mut self, port: PortId) -> Option<&mut Line> {
+        self.lines.get_mut(&port)
+    }
+
+    pub(crate) fn remove(&mut self, port: PortId) -> Option<Line> {
+        self.lines.remove(&port)
+    }
+
+    /// Does anything wait for a lane?
+    pub(crate) fn holds(&self) -> bool {
+        !self.holding.is_empty()
+    }
+
+    /// Send a program one record, now or when its lane has room. `false`: too much waits for it already, or it is gone.
+    pub(crate) fn put(&mut self, port: PortId, head: &[u8], rest: &[u8]) -> bool {
+        let Some(line) = self.lines.get_mut(&port) else { return false };
+        if line.held.is_empty() {
+            match line.send(head, rest) {
+                Ok(()) => return true,
+                Err(Error::WouldBlock { .. }) => self.holding.push(port),
+                Err(_) => return false,
+            }
+        }
+        let room = line.held.len() < HELD_MAX;
+        if room {
+            line.held.push_back([head, rest].concat());
+        }
+        room
+    }
+
+    /// Send what waits and has room now.
+    pub(crate) fn flush(&mut self) {
+        let Self { lines, holding } = self;
+        holding.retain(|port| lines.get_mut(port).is_some_and(|line| !line.flush()));
+    }
+}
+
+impl Line {
+    fn send(&self, head: &[u8], rest: &[u8]) -> Result<()> {
+        with_two_sources(head, rest, |source| self.connection.send_message(source, &How::at_once()))
+    }
+
+    /// `true`: nothing waits any more.
+    fn flush(&mut self) -> bool {
+        while let Some(record) = self.held.front() {
+            let sent = with_source(record, |source| self.connection.send_message(source, &How::at_once()));
+            if matches!(sent, Err(Error::WouldBlock { .. })) {
+                return false;
+            }
+            self.held.pop_front();
+        }
+        true
+    }
+
+    /// The next record. One that is too long is cut, and then is none.
+    pub(crate) fn take(&self, buffer: &mut [u8]) -> Took {
+        match with_dest(buffer, |dest| self.connection.receive(dest, &How::at_once())) {
+            Ok((stored, whole)) if whole > 0 || !self.connection.at_end() => {
+                Took::Record(if whole > stored { 0 } else { stored })
+            }
+            Err(Error::WouldBlock { .. }) => Took::Nothing,
+            Ok(_) | Err(_) => Took::End,
+        }
+    }
+}

@@ -1,0 +1,823 @@
+//! Two endpoints and a network that loses, doubles, overtakes and corrupts, on a clock of its own.
+
+use alloc::collections::{BTreeMap, BinaryHeap, VecDeque};
+use alloc::vec;
+use core::cmp::Reverse;
+
+use isthmus_wire::mxoe::{Head, decode, encode};
+use proptest::prelude::*;
+
+use super::*;
+
+const MS: u64 = 1_000_000;
+const SECOND: u64 = 1000 * MS;
+/// More frames than any test sends at once.
+const ROOM: usize = 512;
+
+/// A small generator: a test that failed runs the same way again.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn chance(&mut self, in_a_million: u64) -> bool {
+        self.roll() % 1_000_000 < in_a_million
+    }
+}
+
+/// Bytes that tell messages and places apart.
+fn content(seed: u64, length: u32) -> Vec<u8> {
+    (0..length).map(|n| (seed as u32).wrapping_mul(31).wrapping_add(n ^ n >> 8) as u8).collect()
+}
+
+type Outcome = Result<u32, Status>;
+
+/// Takes whatever comes, in the order in which it comes.
+#[derive(Default)]
+struct Program {
+    sends: BTreeMap<u32, Vec<u8>>,
+    /// Ended sends, with how.
+    ended: Vec<(u32, Outcome)>,
+    /// Whatever has arrived: peer, match, bytes, and how it ended.
+    arrived: Vec<(u64, Vec<u8>, Option<Outcome>)>,
+    connected: Vec<(u32, Result<PeerId, Status>)>,
+    voided: Vec<PeerId>,
+    /// Large messages that nobody takes yet: with the peer and where they arrived.
+    kept: Vec<(PeerId, Large, u32)>,
+    keeps: bool,
+    /// Refuse so many messages.
+    no_memory: u32,
+    /// Take so many bytes of each.
+    short: Option<u32>,
+    out: Vec<(u64, Vec<u8>)>,
+    full: bool,
+    nic: u64,
+    profile: Option<Profile>,
+}
+
+impl Above for Program {
+    fn room(&self) -> usize {
+        if self.full { 0 } else { ROOM }
+    }
+
+    fn transmit(&mut self, to: u64, frame: &Frame<'_>) {
+        let mac = |nic: u64| core::array::from_fn(|i| nic.to_be_bytes()[i + 2]);
+        let profile = self.profile.expect("a profile");
+        let head = Head {
+            destination: mac(to),
+            source: mac(self.nic),
+            ethertype: profile.ethertype,
+            peer_index: INDEX_UNKNOWN,
+        };
+        let mut bytes = [0; 10_000];
+        let len = encode(&head, frame, &profile, &mut bytes).expect("what is sent can be encoded");
+        self.out.push((to, bytes[..len].to_vec()));
+    }
+
+    fn gather(&mut self, send: u32, at: u32, into: &mut [u8]) {
+        let at = at as usize;
+        into.copy_from_slice(&self.sends[&send][at..at + into.len()]);
+    }
+
+    fn arrive(&mut self, arrival: Arrival<'_>) -> Verdict {
+        if self.no_memory > 0 {
+            self.no_memory -= 1;
+            return Verdict::Later;
+        }
+        let ticket = self.arrived.len() as u32;
+        let room = vec![0; arrival.length as usize];
+        match arrival.body {
+            Body::Whole(data) => {
+                let done = Some(Ok(data.len() as u32));
+                self.arrived.push((arrival.matching, data.to_vec(), done));
+                Verdict::Kept
+            }
+            Body::Large(large) if self.keeps => {
+                self.arrived.push((arrival.matching, room, None));
+                self.kept.push((arrival.peer, large, ticket));
+                Verdict::Kept
+            }
+            Body::Parts | Body::Large(_) => {
+                self.arrived.push((arrival.matching, room, None));
+                Verdict::Take { ticket, length: self.short.unwrap_or(u32::MAX) }
+            }
+        }
+    }
+
+    fn place(&mut self, ticket: u32, at: u32, data: &[u8]) {
+        self.arrived[ticket as usize].1[at as usize..][..data.len()].copy_from_slice(data);
+    }
+
+    fn placed(&mut self, ticket: u32, outcome: Result<u32, Status>) {
+        let end = &mut self.arrived[ticket as usize].2;
+        assert_eq!(*end, None, "a ticket ends once");
+        *end = Some(outcome);
+    }
+
+    fn sent(&mut self, send: u32, outcome: Result<u32, Status>) {
+        assert!(self.sends.remove(&send).is_some(), "send {send} ended twice");
+        self.ended.push((send, outcome));
+    }
+
+    fn connected(&mut self, connect: u32, outcome: Result<(PeerId, (u64, u8), u32), Status>) {
+        self.connected.push((connect, outcome.map(|(peer, ..)| peer)));
+    }
+
+    fn void(&mut self, peer: PeerId) {
+        self.voided.push(peer);
+    }
+}
+
+struct Side {
+    wire: Wire,
+    program: Program,
+}
+
+/// In a million frames.
+#[derive(Clone, Copy, Debug, Default)]
+struct Weather {
+    lost: u64,
+    doubled: u64,
+    late: u64,
+    corrupted: u64,
+}
+
+/// When it arrives, in which order, at which side.
+type Flying = (u64, u64, usize, Vec<u8>);
+
+struct Net {
+    sides: [Side; 2],
+    now: u64,
+    dice: Dice,
+    weather: Weather,
+    profile: Profile,
+    flying: BinaryHeap<Reverse<Flying>>,
+    serial: u64,
+    /// Frames that are not delivered: one bit a type.
+    swallowed: Vec<u8>,
+    frames: u64,
+    /// Nobody is at this side.
+    gone: Option<usize>,
+    /// Until then the line of each side is busy with what it sends.
+    busy: [u64; 2],
+}
+
+const NICS: [u64; 2] = [0x0200_0000_0001, 0x0200_0000_0002];
+const KEY: u32 = 0x12345;
+const SESSIONS: [u32; 2] = [0x1122_3344, 0x5566_7788];
+/// Of another program that opens the second endpoint later.
+const LATER: u32 = 0x99AA_BBCC;
+
+fn wire(side: usize, session: u32, profile: Profile) -> Wire {
+    Wire::new(Config {
+        profile,
+        timing: Timing::default(),
+        limits: Limits::default(),
+        endpoint: side as u8,
+        session,
+        key: KEY,
+    })
+}
+
+impl Net {
+    fn new(seed: u64, weather: Weather, profile: Profile) -> Self {
+        let side = |at: usize| Side {
+            wire: wire(at, SESSIONS[at], profile),
+            program: Program { nic: NICS[at], profile: Some(profile), ..Program::default() },
+        };
+        Self {
+            sides: [side(0), side(1)],
+            now: SECOND,
+            dice: Dice(seed | 1),
+            weather,
+            profile,
+            flying: BinaryHeap::new(),
+            serial: 0,
+            swallowed: Vec::new(),
+            frames: 0,
+            gone: None,
+            busy: [0; 2],
+        }
+    }
+
+    fn connected(seed: u64, weather: Weather, profile: Profile) -> Self {
+        let mut net = Self::new(seed, weather, profile);
+        net.connect(0, KEY);
+        net.run(|net| !net.sides[0].program.connected.is_empty());
+        assert_eq!(net.sides[0].program.connected, [(0, Ok(0))]);
+        net
+    }
+
+    fn connect(&mut self, side: usize, key: u32) {
+        let Side { wire, program } = &mut self.sides[side];
+        let connect = program.connected.len() as u32;
+        assert!(wire.connect(self.now, (NICS[1 - side], 1 - side as u8), key, connect, program));
+        self.post(side);
+    }
+
+    fn send(&mut self, from: usize, send: u32, length: u32, large: bool) {
+        let Side { wire, program } = &mut self.sides[from];
+        let matching = u64::from(send) << 8;
+        program.sends.insert(send, content(matching, length));
+        wire.send(self.now, 0, (send, matching, length), large, program).expect("connected");
+        self.post(from);
+    }
+
+    /// What a side's next message will be called on the wire.
+    fn next_send(&self, side: usize) -> u16 {
+        self.sides[side].wire.peer(0).expect("a peer").next_send.bits()
+    }
+
+    /// What a side has to send flies.
+    fn post(&mut self, from: usize) {
+        for (to, mut frame) in core::mem::take(&mut self.sides[from].program.out) {
+            assert_eq!(to, NICS[1 - from]);
+            self.frames += 1;
+            if self.dice.chance(self.weather.lost) || self.swallowed.contains(&frame[16]) {
+                continue;
+            }
+            if self.dice.chance(self.weather.corrupted) {
+                let at = 14 + self.dice.roll() as usize % (frame.len() - 14);
+                frame[at] ^= 1 << (self.dice.roll() % 8);
+            }
+            let copies = 1 + u64::from(self.dice.chance(self.weather.doubled));
+            for _ in 0..copies {
+                let late = if self.dice.chance(self.weather.late) { self.dice.roll() % (3 * MS) } else { 0 };
+                // 10 Gbit/s, and 20 µs on the way.
+                self.busy[from] = self.busy[from].max(self.now) + frame.len() as u64 * 4 / 5;
+                self.serial += 1;
+                let at = self.busy[from] + 20_000 + late;
+                self.flying.push(Reverse((at, self.serial, 1 - from, frame.clone())));
+            }
+        }
+    }
+
+    /// Until `done`, or for an hour of the clock.
+    fn run(&mut self, mut done: impl FnMut(&Self) -> bool) {
+        let until = self.now + 3600 * SECOND;
+        while !done(self) {
+            assert!(self.now < until, "nothing happens any more");
+            self.step();
+        }
+    }
+
+    fn run_for(&mut self, time: u64) {
+        let until = self.now + time;
+        self.run(|net| net.now >= until);
+    }
+
+    fn step(&mut self) {
+        let timers = self.sides.iter().map(|side| side.wire.due()).min().unwrap_or(u64::MAX);
+        let flying = self.flying.peek().map_or(u64::MAX, |Reverse((at, ..))| *at);
+        // Where nothing is due, time goes on all the same.
+        self.now = timers.min(flying).min(self.now + SECOND).max(self.now);
+        while let Some(Reverse((at, ..))) = self.flying.peek() {
+            if *at > self.now {
+                break;
+            }
+            let Some(Reverse((_, _, to, bytes))) = self.flying.pop() else { break };
+            if self.gone == Some(to) {
+                continue;
+            }
+            if let Ok((_, frame)) = decode(&bytes, &self.profile) {
+                let Side { wire, program } = &mut self.sides[to];
+                wire.handle(self.now, NICS[1 - to], &frame, program);
+            }
+        }
+        for side in 0..2 {
+            let Side { wire, program } = &mut self.sides[side];
+            wire.tick(self.now, program);
+            assert!(
+                wire.due() > self.now || !program.out.is_empty() || program.full,
+                "a timer that never ends"
+            );
+            self.post(side);
+        }
+    }
+
+    fn all_ended(&self) -> bool {
+        self.sides.iter().all(|side| {
+            side.program.sends.is_empty() && side.program.arrived.iter().all(|(_, _, end)| end.is_some())
+        })
+    }
+
+    /// Everything that was sent is here, once, whole, in order.
+    fn check(&self, to: usize, lengths: &[u32]) {
+        let arrived = &self.sides[to].program.arrived;
+        let order: Vec<u64> = arrived.iter().map(|(matching, ..)| *matching).collect();
+        let sent: Vec<u64> = (0..lengths.len() as u64).map(|n| n << 8).collect();
+        assert_eq!(order, sent);
+        for ((matching, data, end), length) in arrived.iter().zip(lengths) {
+            assert_eq!(*end, Some(Ok(*length)));
+            assert!(*data == content(*matching, *length), "message {matching:#x} of {length} bytes");
+        }
+        let mut ended = self.sides[1 - to].program.ended.clone();
+        ended.sort_by_key(|(send, _)| *send);
+        let expected: Vec<_> = lengths.iter().enumerate().map(|(n, len)| (n as u32, Ok(*len))).collect();
+        assert_eq!(ended, expected);
+    }
+}
+
+const CLEAR: Weather = Weather { lost: 0, doubled: 0, late: 0, corrupted: 0 };
+const STORM: Weather = Weather { lost: 100_000, doubled: 50_000, late: 100_000, corrupted: 0 };
+
+/// Around every limit of the format.
+const LENGTHS: [u32; 17] = [
+    0, 1, 32, 33, 128, 129, 4095, 4096, 4097, 8192, 32767, 32768, 32769, 131_071, 131_072, 131_073, 1_048_577,
+];
+
+fn exchange(seed: u64, weather: Weather, profile: Profile, lengths: &[u32]) -> Net {
+    let mut net = Net::connected(seed, weather, profile);
+    for (n, length) in lengths.iter().enumerate() {
+        net.send(0, n as u32, *length, *length > 32768);
+    }
+    net.run(|net| net.all_ended() && net.sides[1].program.arrived.len() == lengths.len());
+    net.check(1, lengths);
+    net
+}
+
+#[test]
+fn every_length_arrives() {
+    for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500)] {
+        let net = exchange(1, CLEAR, profile, &LENGTHS);
+        // Nothing was sent twice: each message, its acknowledgement and a little more.
+        assert!(net.frames < 2000, "{} frames", net.frames);
+    }
+}
+
+#[test]
+fn every_length_arrives_through_a_storm() {
+    for seed in 1..12 {
+        for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500)] {
+            exchange(seed, STORM, profile, &LENGTHS);
+        }
+    }
+}
+
+#[test]
+fn each_type_of_frame_may_be_lost_for_a_while() {
+    for kind in 35..=43 {
+        let mut net = Net::new(u64::from(kind), CLEAR, Profile::WIRE);
+        if kind == 36 {
+            net.swallowed = vec![kind];
+        }
+        net.connect(0, KEY);
+        net.run_for(2 * SECOND);
+        net.swallowed.clear();
+        net.run(|net| !net.sides[0].program.connected.is_empty());
+        net.swallowed = vec![kind];
+        for (n, length) in LENGTHS.iter().enumerate() {
+            net.send(0, n as u32, *length, *length > 32768);
+        }
+        net.run_for(2 * SECOND);
+        net.swallowed.clear();
+        net.run(|net| net.all_ended() && net.sides[1].program.arrived.len() == LENGTHS.len());
+        net.check(1, &LENGTHS);
+    }
+}
+
+#[test]
+fn loss_of_one_in_a_hundred_costs_little() {
+    let lengths = [1 << 20; 64];
+    let clear = exchange(3, CLEAR, Profile::WIRE, &lengths);
+    let lossy = exchange(3, Weather { lost: 10_000, ..CLEAR }, Profile::WIRE, &lengths);
+    let (clear, lossy) = (clear.now - SECOND, lossy.now - SECOND);
+    assert!(lossy < 2 * clear, "{lossy} ns where {clear} without loss");
+}
+
+#[test]
+fn many_small_messages_wait_for_each_other() {
+    let lengths = vec![40; 20_000];
+    exchange(5, CLEAR, Profile::WIRE, &lengths);
+    exchange(5, Weather { lost: 20_000, ..CLEAR }, Profile::WIRE, &lengths[..5000]);
+}
+
+#[test]
+fn the_last_frame_that_is_lost_comes_again() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.swallowed = vec![37];
+    net.send(0, 0, 3, false);
+    net.run_for(5 * MS);
+    net.swallowed.clear();
+    let before = net.now;
+    net.run(Net::all_ended);
+    net.check(1, &[3]);
+    assert!(net.now - before < SECOND / 2);
+}
+
+#[test]
+fn a_wrong_key_is_told_and_changes_nothing() {
+    let mut net = Net::new(1, CLEAR, Profile::WIRE);
+    net.connect(0, KEY + 1);
+    net.run(|net| !net.sides[0].program.connected.is_empty());
+    assert_eq!(net.sides[0].program.connected, [(0, Err(Status::BadKey))]);
+    assert!(net.sides[1].wire.by_address.is_empty());
+    let program = &mut net.sides[0].program;
+    program.sends.insert(0, vec![]);
+    assert_eq!(net.sides[0].wire.send(net.now, 0, (0, 0, 0), false, program), Err(Status::BadSession));
+}
+
+#[test]
+fn a_peer_that_answers_can_be_sent_to_by_either_side() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.send(1, 0, 100_000, true);
+    net.run(Net::all_ended);
+    net.check(0, &[100_000]);
+}
+
+#[test]
+fn a_peer_that_is_not_there_ends_a_connect_and_sends() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.gone = Some(1);
+    net.send(0, 0, 10, false);
+    net.send(0, 1, 1 << 20, true);
+    net.connect(0, KEY);
+    net.run(|net| net.sides[0].program.sends.is_empty());
+    let program = &net.sides[0].program;
+    assert!(program.ended.iter().all(|(_, end)| *end == Err(Status::EndpointUnreachable)));
+    assert_eq!(program.connected.last(), Some(&(1, Err(Status::EndpointUnreachable))));
+    // About 500 s, as the format's stations do.
+    assert!(net.now > 300 * SECOND && net.now < 800 * SECOND, "{} s", net.now / SECOND);
+}
+
+#[test]
+fn patience_is_about_what_was_asked_for() {
+    for patience in [SECOND / 100, SECOND, 60 * SECOND] {
+        let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+        net.sides[0].wire.set_timing(Timing::default().giving_up_after(patience));
+        net.gone = Some(1);
+        let before = net.now;
+        net.send(0, 0, 10, false);
+        net.connect(0, KEY);
+        net.run(|net| net.sides[0].program.sends.is_empty());
+        let took = net.now - before;
+        assert!(took >= patience && took < 2 * patience + SECOND, "{took} ns of {patience}");
+    }
+    assert_eq!(Timing::default().giving_up_after(u64::MAX).resends, u32::MAX);
+}
+
+#[test]
+fn a_nack_ends_what_it_answers() {
+    for (why, status) in [
+        (mxoe::BAD_ENDPOINT, Status::BadEndpoint),
+        (mxoe::ENDPOINT_CLOSED, Status::EndpointClosed),
+        (mxoe::BAD_SESSION, Status::BadSession),
+    ] {
+        let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+        let first = net.next_send(0);
+        net.gone = Some(1);
+        net.send(0, 0, 10, false);
+        net.send(0, 1, 1 << 20, true);
+        net.connect(0, KEY);
+        let Side { wire, program } = &mut net.sides[0];
+        for sequence in [first, first + 1, 0] {
+            let nack = Frame::NackLib { to: 1, from: 0, generation: 0, why, index: INDEX_UNKNOWN, sequence };
+            wire.handle(net.now, NICS[1], &nack, program);
+        }
+        assert_eq!(program.ended, [(0, Err(status)), (1, Err(status))]);
+        assert_eq!(program.connected[1], (1, Err(status)));
+        assert!(wire.windows.iter().all(Option::is_none));
+    }
+}
+
+#[test]
+fn a_receiver_that_dies_in_the_middle_of_a_large_message_is_noticed() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.sides[1].program.keeps = true;
+    let sequence = net.next_send(0);
+    net.send(0, 0, 1 << 20, true);
+    net.run_for(SECOND / 2);
+    assert_eq!(net.sides[1].program.kept.len(), 1);
+    // Its station answers for it.
+    net.gone = Some(1);
+    net.run_for(2 * SECOND);
+    let Side { wire, program } = &mut net.sides[0];
+    assert!(program.ended.is_empty());
+    let why = mxoe::ENDPOINT_CLOSED;
+    let nack = Frame::NackLib { to: 1, from: 0, generation: 0, why, index: INDEX_UNKNOWN, sequence };
+    wire.handle(net.now, NICS[1], &nack, program);
+    assert_eq!(program.ended, [(0, Err(Status::EndpointClosed))]);
+}
+
+#[test]
+fn a_large_message_that_nobody_takes_waits_for_hours() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.sides[1].program.keeps = true;
+    net.send(0, 0, 1 << 20, true);
+    net.run_for(3000 * SECOND);
+    let (peer, large, ticket) = net.sides[1].program.kept[0];
+    let Side { wire, program } = &mut net.sides[1];
+    wire.pull(net.now, peer, large, (ticket, u32::MAX), program);
+    net.post(1);
+    net.run(Net::all_ended);
+    net.check(1, &[1 << 20]);
+}
+
+#[test]
+fn a_sender_that_dies_in_the_middle_of_a_pull_is_noticed() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.swallowed = vec![42];
+    net.send(0, 0, 1 << 20, true);
+    net.run_for(SECOND);
+    net.gone = Some(0);
+    net.run_for(SECOND);
+    let Side { wire, program } = &mut net.sides[1];
+    let cookie = Cookie { handle: 0x23, magic: 1 ^ mxoe::MAGIC };
+    let wrong = Frame::NackPull { from: 1, generation: 0, why: BAD_WINDOW, cookie };
+    wire.handle(net.now, NICS[0] + 7, &wrong, program);
+    assert_eq!(program.arrived[0].2, None, "another station's word");
+    wire.handle(net.now, NICS[0], &wrong, program);
+    assert_eq!(program.arrived[0].2, Some(Err(Status::BadWindow)));
+    // The sender is told all the same, if it lives.
+    let notify = |(_, frame): &(u64, Vec<u8>)| frame[16] == 43;
+    assert!(program.out.iter().any(notify));
+}
+
+#[test]
+fn a_peer_that_starts_again_ends_what_was_pending_and_is_connected_to() {
+    let mut unfinished = 0;
+    for seed in 1..30 {
+        let mut net = Net::connected(seed, Weather { lost: 30_000, late: 30_000, ..CLEAR }, Profile::WIRE);
+        for n in 0..40 {
+            net.send(0, n, [10, 5000, 200_000][n as usize % 3], n % 3 == 2);
+        }
+        net.run_for(seed * MS / 7);
+        // Another program opens the endpoint, and connects.
+        net.sides[1].wire =
+            wire(1, LATER.wrapping_add((seed as u32).wrapping_mul(0x1234_5677)), Profile::WIRE);
+        net.sides[1].program = Program { nic: NICS[1], profile: Some(Profile::WIRE), ..Program::default() };
+        net.connect(1, KEY);
+        net.run(|net| {
+            net.sides[0].program.sends.is_empty() && net.sides[1].program.connected == [(0, Ok(0))]
+        });
+        let fine = |(_, end): &&(u32, Result<u32, Status>)| end.is_ok();
+        unfinished += 40 - net.sides[0].program.ended.iter().filter(fine).count();
+        net.run_for(SECOND);
+        assert!(net.sides[1].program.arrived.is_empty(), "stale messages match");
+        // Both ways, in order, from the beginning.
+        net.sides[0].program.ended.clear();
+        net.sides[0].program.arrived.clear();
+        for n in 0..20 {
+            net.send(0, n, 5000, false);
+            net.send(1, n, 5000, false);
+        }
+        net.run(|net| net.all_ended() && net.sides.iter().all(|side| side.program.arrived.len() == 20));
+        net.check(0, &[5000; 20]);
+        net.check(1, &[5000; 20]);
+    }
+    assert!(unfinished > 100, "nothing was pending");
+}
+
+#[test]
+fn the_same_peer_can_be_given_up_and_connected_to_again() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.send(1, 0, 10, false);
+    net.run(Net::all_ended);
+    let Side { wire, program } = &mut net.sides[0];
+    wire.clean_up(0, true, program);
+    assert_eq!(program.voided, [0]);
+    net.connect(0, KEY);
+    net.run(|net| net.sides[0].program.connected.len() == 2);
+    net.sides[0].program.arrived.clear();
+    net.sides[1].program.ended.clear();
+    net.send(1, 0, 10, false);
+    net.send(0, 0, 10, false);
+    net.run(|net| net.all_ended() && net.sides.iter().all(|side| side.program.arrived.len() == 1));
+    net.check(0, &[10]);
+    net.check(1, &[10]);
+}
+
+#[test]
+fn a_disconnected_peer_is_forgotten() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.gone = Some(1);
+    net.send(0, 0, 10, false);
+    let Side { wire, program } = &mut net.sides[0];
+    wire.disconnect(0, program);
+    assert_eq!(program.ended, [(0, Err(Status::EndpointUnreachable))]);
+    assert_eq!(wire.address(0), None);
+    assert_eq!(wire.send(net.now, 0, (1, 0, 0), false, program), Err(Status::BadSession));
+    net.gone = None;
+    net.connect(0, KEY);
+    net.run(|net| net.sides[0].program.connected.len() == 2);
+    net.send(0, 0, 10, false);
+    net.run(|net| net.sides[0].program.sends.is_empty());
+}
+
+#[test]
+fn a_receiver_without_memory_gets_it_again() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.sides[1].program.no_memory = 3;
+    let lengths = [10, 5000, 100, 100_000, 0];
+    for (n, length) in lengths.iter().enumerate() {
+        net.send(0, n as u32, *length, *length > 32768);
+    }
+    net.run(|net| net.all_ended() && net.sides[1].program.arrived.len() == lengths.len());
+    net.check(1, &lengths);
+}
+
+#[test]
+fn a_receiver_may_take_less_and_the_sender_learns_how_much() {
+    for short in [0, 1, 5000] {
+        let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+        net.sides[1].program.short = Some(short);
+        net.send(0, 0, 100_000, true);
+        net.run(Net::all_ended);
+        assert_eq!(net.sides[0].program.ended, [(0, Ok(short))]);
+        assert_eq!(net.sides[1].program.arrived[0].2, Some(Ok(short)));
+    }
+}
+
+#[test]
+fn without_room_nothing_is_lost() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    for (n, length) in LENGTHS.iter().enumerate() {
+        net.send(0, n as u32, *length, *length > 32768);
+        net.sides[0].program.full = n % 2 == 0;
+    }
+    for turn in 0..400 {
+        net.sides[turn % 2].program.full ^= true;
+        net.run_for(MS / 3);
+    }
+    net.sides.iter_mut().for_each(|side| side.program.full = false);
+    net.run(|net| net.all_ended() && net.sides[1].program.arrived.len() == LENGTHS.len());
+    net.check(1, &LENGTHS);
+}
+
+#[test]
+fn somebody_else_s_frames_change_nothing() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.sides[1].program.keeps = true;
+    net.send(0, 0, 100_000, true);
+    net.run_for(10 * MS);
+    let (ends, session) = (Ends { to: 0, from: 1, generation: 0 }, SESSIONS[0]);
+    let Side { wire, program } = &mut net.sides[0];
+    let stranger = NICS[1] + 5;
+    let window = Window { id: 0, sequence: WINDOW_FIRST, offset: 0 };
+    for frame in [
+        Frame::Notify { ends, session, length: 7, window, sequence: 1, piggyack: 2 },
+        Frame::Ack { ends, session, next: 2, number: 9, sent: 2, resent: 0 },
+        Frame::NackLib { to: 1, from: 0, generation: 0, why: 2, index: 0, sequence: 1 },
+        Frame::Pull {
+            ends,
+            session,
+            length: 9,
+            window,
+            cookie: Cookie::default(),
+            skip: 0,
+            block: 9,
+            first: 0,
+        },
+    ] {
+        wire.handle(net.now, stranger, &frame, program);
+    }
+    assert!(program.ended.is_empty() && wire.jobs.is_empty());
+    // Nacks, and no data.
+    assert!(program.out.iter().all(|(to, frame)| *to == stranger && (frame[16] == 44 || frame[16] == 45)));
+}
+
+#[test]
+fn a_pull_outside_of_what_was_announced_reads_nothing() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.sides[1].program.keeps = true;
+    net.send(0, 0, 100_000, true);
+    net.run_for(10 * MS);
+    let (ends, session) = (Ends { to: 0, from: 1, generation: 0 }, SESSIONS[0]);
+    let Side { wire, program } = &mut net.sides[0];
+    let cookie = Cookie::default();
+    let pull = |window, skip, block, first| Frame::Pull {
+        ends,
+        session,
+        length: 100_000,
+        window,
+        cookie,
+        skip,
+        block,
+        first,
+    };
+    let window = Window { id: 0, sequence: WINDOW_FIRST, offset: 0 };
+    for frame in [
+        pull(window, 0, 8192, 23),
+        pull(window, 0, 1, u32::MAX),
+        pull(Window { offset: 4096 * 24, ..window }, 0, 4096, 0),
+        pull(window, 4000, 4096 * 8, 0),
+    ] {
+        wire.handle(net.now, NICS[1], &frame, program);
+    }
+    wire.tick(net.now, program);
+    assert!(program.out.is_empty());
+    // Of a window that is not there, or not any more: said so.
+    for window in [Window { id: 1, ..window }, Window { sequence: WINDOW_FIRST - 1, ..window }] {
+        wire.handle(net.now, NICS[1], &pull(window, 0, 10, 0), program);
+    }
+    assert_eq!(program.out.len(), 2);
+    assert!(program.out.iter().all(|(_, frame)| frame[16] == 45 && frame[19] == BAD_WINDOW));
+}
+
+#[test]
+fn no_byte_that_is_wrong_does_harm() {
+    for seed in 1..40 {
+        let weather = Weather { corrupted: 100_000, lost: 10_000, ..CLEAR };
+        let mut net = Net::new(seed, weather, Profile::WIRE);
+        for side in [0, 1] {
+            net.connect(side, KEY);
+        }
+        net.run_for(SECOND);
+        for n in 0..60 {
+            for side in [0, 1] {
+                if net.sides[side].wire.session(0).is_some() {
+                    net.send(side, n, LENGTHS[n as usize % LENGTHS.len()].min(40_000), n % 5 == 0);
+                }
+            }
+            net.run_for(MS);
+        }
+        net.run_for(2 * SECOND);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn any_messages_arrive_in_any_weather(
+        seed: u64,
+        lost in 0..150_000u64,
+        doubled in 0..100_000u64,
+        late in 0..200_000u64,
+        lengths in prop::collection::vec((0..3u8, 0..4u32), 1..80),
+        own: bool,
+    ) {
+        let profile = if own { Profile::own(1500) } else { Profile::WIRE };
+        let lengths: Vec<u32> = lengths
+            .into_iter()
+            .enumerate()
+            .map(|(n, (scale, more))| [n as u32, 4000 * more + n as u32, 50_000 * more][usize::from(scale)])
+            .collect();
+        let mut net = Net::connected(seed, Weather { lost, doubled, late, corrupted: 0 }, profile);
+        let mut waiting: VecDeque<_> = lengths.iter().enumerate().collect();
+        while let Some((n, length)) = waiting.pop_front() {
+            net.send(0, n as u32, *length, *length > 32768 || seed & 1 << (n % 64) != 0);
+            if n % 7 == 0 {
+                net.run_for(MS / 10);
+            }
+        }
+        net.run(|net| net.all_ended() && net.sides[1].program.arrived.len() == lengths.len());
+        net.check(1, &lengths);
+    }
+}
+
+#[test]
+fn a_medium_message_longer_than_any_can_be_is_none() {
+    let profile = Profile::own(9000);
+    let mut net = Net::connected(1, CLEAR, profile);
+    let sequence = net.sides[1].wire.peer(0).expect("a peer").next_match.bits();
+    let piggyack = net.sides[1].wire.peer(0).expect("a peer").next_send.bits();
+    let ends = Ends { to: 1, from: 0, generation: 0 };
+    let message = Message { ends, checksum: 0, sequence, piggyack, matching: 1, session: SESSIONS[1] };
+    let Side { wire, program } = &mut net.sides[1];
+    for total in [u32::MAX, 32 * 8192 + 1] {
+        let frame = Frame::Medium { message, total, fragment: 0, offset: 0, data: &[7; 100] };
+        wire.handle(net.now, NICS[0], &frame, program);
+        assert!(program.arrived.is_empty(), "room for {total} bytes was made");
+    }
+    let frame = Frame::Medium { message, total: 32 * 8192, fragment: 0, offset: 0, data: &[7; 100] };
+    wire.handle(net.now, NICS[0], &frame, program);
+    assert_eq!(program.arrived.len(), 1);
+}
+
+#[test]
+fn what_comes_early_from_many_peers_has_a_bound() {
+    let mut net = Net::new(1, CLEAR, Profile::WIRE);
+    let Side { wire, program } = &mut net.sides[1];
+    for endpoint in 0..64 {
+        let ends = Ends { to: 1, from: endpoint, generation: 0 };
+        let (index, session) = (INDEX_UNKNOWN, 77);
+        let connect = Frame::Connect { ends, index, session, key: KEY, expects: 1, number: 0 };
+        wire.handle(net.now, NICS[0], &connect, program);
+        let peer = wire.by_address[&(NICS[0], endpoint)];
+        let next = wire.peer(peer).expect("a peer").next_match;
+        for n in 1..200 {
+            for fragment in 0..8 {
+                let message = Message {
+                    ends,
+                    checksum: 0,
+                    sequence: next.plus(n).bits(),
+                    piggyack: 1,
+                    matching: 1,
+                    session: SESSIONS[1],
+                };
+                let offset = u32::from(fragment) * 4096;
+                let frame = Frame::Medium { message, total: 32768, fragment, offset, data: &[7; 4096] };
+                wire.handle(net.now, NICS[0], &frame, program);
+            }
+        }
+        program.out.clear();
+    }
+    let held: usize = wire.peers.iter().flatten().map(Peer::early_bytes).sum();
+    assert!(held > 1 << 20 && held <= EARLY_ALL, "{held} bytes");
+}

@@ -1,0 +1,134 @@
+//! The loops of `isthmus bench` over endpoints of MX.
+
+use std::collections::VecDeque;
+use std::io;
+
+use isthmus_bench::Transport;
+use isthmus_mx::{Address, Endpoint, Fault, How, Parts, Pattern, RequestId, Status, Wait};
+use pyo3::prelude::*;
+
+use crate::bench::{PlanDict, ReportDict, play};
+use crate::mx::MxEndpoint;
+
+/// What every message of the loops is called.
+const MATCH: u64 = 0x15_7401;
+
+/// One message at a time: sent and waited for, posted and waited for.
+struct OneByOne<'e> {
+    endpoint: &'e Endpoint,
+    peer: Address,
+    how: How<'e>,
+}
+
+fn failed(fault: Fault) -> io::Error {
+    io::Error::other(fault)
+}
+
+impl OneByOne<'_> {
+    fn end(&self, id: RequestId) -> io::Result<()> {
+        match self.endpoint.wait(id, &self.how).map_err(failed)? {
+            Some(report) if report.status == Status::Success => Ok(()),
+            Some(report) => Err(io::Error::other(format!("a request ended with {:?}", report.status))),
+            None => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    fn post(&self, message: &mut [u8]) -> io::Result<RequestId> {
+        let parts = Parts::new(&[(message.as_mut_ptr(), message.len())]);
+        let pattern = Pattern { value: MATCH, mask: u64::MAX };
+        // SAFETY: each caller waits for the end before the bytes are used or go.
+        unsafe { self.endpoint.irecv(pattern, parts, 0) }.map_err(failed)
+    }
+
+    fn begin(&self, message: &[u8]) -> io::Result<RequestId> {
+        // SAFETY: as above.
+        unsafe { self.endpoint.isend(self.peer, Parts::of(message), MATCH, false, 0) }.map_err(failed)
+    }
+}
+
+impl Transport for OneByOne<'_> {
+    fn send(&mut self, message: &[u8]) -> io::Result<()> {
+        let id = self.begin(message)?;
+        self.end(id)
+    }
+
+    fn recv_exact(&mut self, message: &mut [u8]) -> io::Result<()> {
+        let id = self.post(message)?;
+        self.end(id)
+    }
+}
+
+/// A few messages at a time, in buffers of their own: the loops have one, so each message is copied once more.
+struct Ahead<'e> {
+    one: OneByOne<'e>,
+    depth: usize,
+    requests: VecDeque<(RequestId, Box<[u8]>)>,
+}
+
+impl Transport for Ahead<'_> {
+    fn send(&mut self, message: &[u8]) -> io::Result<()> {
+        let mut buffer = if self.requests.len() < self.depth {
+            message.into()
+        } else if let Some((id, buffer)) = self.requests.pop_front() {
+            self.one.end(id)?;
+            buffer
+        } else {
+            message.into()
+        };
+        buffer.copy_from_slice(message);
+        let id = self.one.begin(&buffer)?;
+        self.requests.push_back((id, buffer));
+        // The loops end without a word: nothing may be left.
+        if message.first() == Some(&(isthmus_bench::Mark::Last as u8)) {
+            for (id, _buffer) in self.requests.drain(..) {
+                self.one.end(id)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn recv_exact(&mut self, message: &mut [u8]) -> io::Result<()> {
+        while self.requests.len() < self.depth {
+            let mut buffer: Box<[u8]> = vec![0; message.len()].into();
+            let id = self.one.post(&mut buffer)?;
+            self.requests.push_back((id, buffer));
+        }
+        let Some((id, mut buffer)) = self.requests.pop_front() else { return Ok(()) };
+        self.one.end(id)?;
+        message.copy_from_slice(&buffer);
+        if message.first() == Some(&(isthmus_bench::Mark::Last as u8)) {
+            for (id, _buffer) in self.requests.drain(..) {
+                // What nothing will meet.
+                self.one.endpoint.cancel(id).map_err(failed)?;
+            }
+            return Ok(());
+        }
+        let id = self.one.post(&mut buffer)?;
+        self.requests.push_back((id, buffer));
+        Ok(())
+    }
+}
+
+/// Play `part` with a peer; `ahead` messages of a stream are under way at a time, 0: one, without a copy.
+#[pyfunction]
+pub fn bench_mx(
+    py: Python<'_>,
+    endpoint: &MxEndpoint,
+    peer: (u64, u64),
+    wait: &str,
+    part: &str,
+    plan: PlanDict,
+    ahead: usize,
+) -> PyResult<ReportDict> {
+    let wait = match wait {
+        "spin" => Wait::Spin,
+        "block" => Wait::Block,
+        _ => Wait::Adaptive,
+    };
+    let how = How { wait, ..How::default() };
+    let one = OneByOne { endpoint: endpoint.inner(), peer: Address::from_words([peer.0, peer.1]), how };
+    if ahead == 0 {
+        return play(py, Ok(one), part, &plan);
+    }
+    play(py, Ok(Ahead { one, depth: ahead, requests: VecDeque::new() }), part, &plan)
+}

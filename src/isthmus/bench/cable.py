@@ -1,0 +1,96 @@
+"""Two network namespaces and a cable between them: two nodes, without their machines."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from contextlib import ExitStack
+from types import TracebackType
+
+from isthmus.bench.bridge import BridgeError, Holder, find_tool, run_ip
+
+__all__ = ["Cable"]
+
+_TIMEOUT_S = 10
+
+
+class Cable:
+    """A context in which the namespaces `left` and `right` are joined by a virtual cable.
+
+    Parameters
+    ----------
+    mtu : int, default 9000
+        Of both ends, bytes.
+    gigabits : int, optional
+        What passes in each direction, Gbit/s of whole frames; else what the machine can do.
+    offloads : bool, default True
+        Whether the kernel may hand larger packets across than the cable carries, as it does between virtual
+        cards. Real cables carry none.
+
+    Attributes
+    ----------
+    left_address, right_address : str
+        IPv4 addresses, in these namespaces only.
+    interface : str
+        Name of the card in both.
+
+    Raises
+    ------
+    BridgeError
+        On entry, when a tool is missing or namespaces may not be made.
+    """
+
+    left_address = "10.78.0.1"
+    right_address = "10.78.0.2"
+    interface = "cable0"
+
+    def __init__(self, mtu: int = 9000, gigabits: int | None = None, offloads: bool = True) -> None:
+        self._mtu = mtu
+        self._gigabits = gigabits
+        self._offloads = offloads
+        self._stack = ExitStack()
+        self._pids: dict[str, int] = {}
+
+    def __enter__(self) -> Cable:
+        with ExitStack() as stack:
+            self._build(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def prefix(self, side: str) -> list[str]:
+        """The command that runs another one in the namespace `left` or `right`."""
+        return [find_tool("nsenter"), "-n", "-t", str(self._pids[side]), "--"]
+
+    def _build(self, stack: ExitStack) -> None:
+        if os.geteuid() != 0:
+            raise BridgeError("a card is opened by root")
+        for side in ("left", "right"):
+            holder = Holder([find_tool("unshare"), "-n", "--"])
+            stack.callback(holder.close)
+            self._pids[side] = holder.pid
+        right = self._pids["right"]
+        ip = find_tool("ip")
+        pair = f"type veth peer name {self.interface} netns {right} mtu {self._mtu}"
+        run_ip([*self.prefix("left"), ip], [f"link add {self.interface} mtu {self._mtu} {pair}"])
+        for side, address in (("left", self.left_address), ("right", self.right_address)):
+            lines = ["link set lo up", f"address add {address}/24 dev {self.interface}"]
+            run_ip([*self.prefix(side), ip], [*lines, f"link set {self.interface} up"])
+            if not self._offloads:
+                run_ip([*self.prefix(side), ip], [f"link set {self.interface} gso_max_segs 1"])
+            if self._gigabits is not None:
+                shape = ["tbf", "rate", f"{self._gigabits}gbit", "burst", "128kb", "latency", "20ms"]
+                self._run(side, "tc", "qdisc", "add", "dev", self.interface, "root", *shape)
+
+    def _run(self, side: str, tool: str, *words: str) -> None:
+        if shutil.which(tool) is None and shutil.which(tool, path="/usr/sbin:/sbin") is None:
+            raise BridgeError(f"{tool} is not installed")
+        command = [*self.prefix(side), find_tool(tool), *words]
+        done = subprocess.run(command, text=True, capture_output=True, timeout=_TIMEOUT_S)
+        if done.returncode:
+            raise BridgeError(f"{tool}: {done.stderr.strip()}")

@@ -1,0 +1,49 @@
+"""TCP between two network namespaces that a virtual cable joins: two nodes, as with MX over the same cable.
+
+The kernel may not hand packets across that no cable carries; between virtual cards it would hand over 64 KiB
+at a time.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import ClassVar
+
+from isthmus.bench.bridge import BridgeError
+from isthmus.bench.cable import Cable
+from isthmus.bench.cases import Settings
+from isthmus.bench.transports import Setup
+from isthmus.bench.transports.tcp_bridge import TRANSPORT as OverBridge
+
+__all__ = ["LIMITED", "TRANSPORT"]
+
+
+class TRANSPORT(OverBridge):
+    """As fast as the machine is."""
+
+    name = "tcp-cable"
+    benches = ("pingpong", "stream")
+    gigabits: ClassVar[int | None] = None
+
+    def missing(self) -> str | None:
+        """Try it."""
+        try:
+            with Cable(gigabits=self.gigabits, offloads=False):
+                return None
+        except (BridgeError, OSError) as error:
+            return f"no cables here ({error})"
+
+    def prepare(self, stack: ExitStack, settings: Settings) -> Setup:
+        """Lay the cable."""
+        cable = stack.enter_context(Cable(gigabits=self.gigabits, offloads=False))
+        return Setup(
+            prefix={"server": cable.prefix("right"), "client": cable.prefix("left")},
+            options={"server": {"host": cable.right_address}},
+        )
+
+
+class LIMITED(TRANSPORT):
+    """With 10 Gbit/s."""
+
+    name = "tcp-cable-10G"
+    gigabits = 10
