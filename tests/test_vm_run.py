@@ -219,14 +219,14 @@ def test_rules_cut_a_guests_connection(both: Both) -> None:
     talk = both.python(
         "b",
         f"""
-        import socket
+        import errno, socket
         sock = socket.create_connection(("{A}", 7103), 40)
         sock.sendall(b"hello")
         print(sock.recv(5).decode())
         try:
             print(sock.recv(5))
         except OSError as error:
-            print(type(error).__name__)
+            print(errno.errorcode[error.errno])
     """,
     )
     assert talk.line() == "hello"
@@ -235,7 +235,8 @@ def test_rules_cut_a_guests_connection(both: Both) -> None:
     broker.policy_file.write_text('[[rule]]\nfrom = "b"\nto = "a"\naction = "refuse"\n' + before)
     try:
         broker.ask("reload")
-        assert talk.line() in ("b''", "ConnectionResetError")
+        # The kernel of a guest tells only who waits already of the reset; for others there is no connection.
+        assert talk.line() in ("b''", "ECONNRESET", "ENOTCONN")
     finally:
         broker.policy_file.write_text(before)
         broker.ask("reload")
@@ -268,10 +269,8 @@ def test_the_broker_may_die_meanwhile(both: Both) -> None:
     )
     assert talk.line() == "open"
     assert talk.line() == "again"
-    # The first: others come and go meanwhile.
-    number = min(
-        {c["connection"] for c in both.connections("a")} & {c["connection"] for c in both.connections("b")}
-    )
+    # The oldest: others come and go meanwhile.
+    number = max(both.connections("b"), key=lambda connection: connection["seconds"])["connection"]
     both.node.broker.kill()
     both.node.broker.start()
 

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use isthmus_engine::Error;
-use isthmus_engine::node::sockets::{AHEAD, Brought, SocketRequest, Visitor};
+use isthmus_engine::node::sockets::{AHEAD, Brought, Granted, SocketRequest, Visitor};
 use isthmus_sys::{packet, poll};
 use isthmus_wire::control::Refusal;
 
-use crate::supervisor::Supervisor;
+use crate::supervisor::{State, Supervisor};
 
 /// For so long one is of use: then nobody connects there any more, or whoever listens has changed.
 const FRESH: Duration = Duration::from_millis(200);
@@ -32,6 +32,8 @@ const PLACES_MAX: usize = 256;
 const HELD: Duration = Duration::from_secs(10);
 /// How long it tries to knock for one that is used: a listener's backlog may be full for a moment. And between attempts.
 const KNOCKING: Duration = Duration::from_secs(10);
+/// The same for one that was not made ahead: its opener goes to TCP then, and may do no better there.
+const ASKING: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(20);
 
 /// A place that is connected to.
@@ -128,6 +130,8 @@ pub(crate) struct Held {
     until: Instant,
     /// It is used: when to knock (again).
     knock_at: Option<Instant>,
+    /// It was not made ahead: the broker is told how it ends.
+    asked: bool,
 }
 
 impl Held {
@@ -141,19 +145,29 @@ impl Held {
 
     /// For a broker that was started again, if it is used: a copy of the socket.
     pub fn brought(&self) -> Option<Brought> {
-        self.knock_at?;
+        if !self.is_used() {
+            return None;
+        }
         let Brought { socket, granted } = &self.visitor.brought;
         Some(Brought { socket: socket.try_clone().ok()?, granted: granted.clone() })
     }
 
-    /// Does it wait for a knock to be taken?
-    pub fn is_knocking(&self) -> bool {
-        self.knock_at.is_some()
+    /// Does it wait for room at its listener, and its opener believe that it is connected?
+    pub fn is_used(&self) -> bool {
+        self.knock_at.is_some() && !self.asked
     }
 
     /// When something is to be done about it.
     pub fn next(&self) -> Instant {
         self.knock_at.unwrap_or(self.until)
+    }
+}
+
+impl State {
+    /// When those that wait for room at the listeners of a port knock next, if any do: who comes later waits with them.
+    fn behind(&self, port: u32) -> Option<Instant> {
+        let waiting = |other: &Held| if other.port() == port { other.knock_at } else { None };
+        self.held.values().filter_map(waiting).max()
     }
 }
 
@@ -195,7 +209,8 @@ impl Supervisor {
         if self.set.add(visitor.brought.socket.as_fd(), token).is_err() {
             return Err(Refusal::LimitReached);
         }
-        state.held.insert(token, Held { visitor, until: Instant::now() + HELD, knock_at: None });
+        let until = Instant::now() + HELD;
+        state.held.insert(token, Held { visitor, until, knock_at: None, asked: false });
         Ok(())
     }
 
@@ -211,10 +226,7 @@ impl Supervisor {
             held.visitor.source_port = u16::from_le_bytes(port).into();
             let now = Instant::now();
             held.until = now + KNOCKING;
-            // Behind those that wait for room at the same listener.
-            let port = held.port();
-            let waiting = |other: &Held| if other.port() == port { other.knock_at } else { None };
-            held.knock_at = self.state().held.values().filter_map(waiting).max().or(Some(now));
+            held.knock_at = self.state().behind(held.port()).or(Some(now));
             {
                 // Who opened it says so at once, if it is honest; we do later, for many together.
                 let mut state = self.state();
@@ -226,20 +238,49 @@ impl Supervisor {
         true
     }
 
+    /// Somebody comes. On the engine's thread.
+    pub(crate) fn come(&self, visitor: Box<Visitor>) {
+        let now = Instant::now();
+        let token = {
+            let mut state = self.state();
+            let knock_at = state.behind(visitor.brought.granted.port).or(Some(now));
+            let token = state.new_token();
+            state.held.insert(token, Held { visitor, until: now + ASKING, knock_at, asked: true });
+            token
+        };
+        self.look_after_held(now);
+        if self.state().held.contains_key(&token) {
+            self.wake();
+        }
+    }
+
     /// Knock for one that is used. `false`: its listener has no room now.
     fn knock_for(&self, token: u64, mut held: Held) -> bool {
+        let connection = held.connection();
         match self.visit(held.visitor) {
-            Ok(()) => true,
+            Ok(()) => {
+                if let Some(node) = self.node().filter(|_| held.asked) {
+                    let _ = node.accept_socket(connection, None);
+                }
+                true
+            }
             Err((Refusal::BacklogFull, visitor)) if Instant::now() < held.until => {
                 held.knock_at = Some(Instant::now() + AGAIN);
                 self.state().held.insert(token, Held { visitor, ..held });
                 false
             }
             Err((refusal, visitor)) => {
-                let from = visitor.brought.granted.peer_name;
-                self.say(|| format!("accept from {from}: ended: {refusal:?}"));
+                self.turn_away(&visitor, refusal, held.asked);
                 true
             }
+        }
+    }
+
+    fn turn_away(&self, visitor: &Visitor, refusal: Refusal, asked: bool) {
+        let Granted { connection, peer_name, .. } = &visitor.brought.granted;
+        self.say(|| format!("accept from {peer_name}: ended: {refusal:?}"));
+        if let Some(node) = self.node().filter(|_| asked) {
+            node.refuse(*connection, refusal);
         }
     }
 
@@ -257,10 +298,12 @@ impl Supervisor {
         let mut full = HashSet::new();
         for (token, mut held) in due {
             let port = held.port();
-            if held.knock_at.is_none() || held.until <= now {
+            if held.knock_at.is_none() {
                 continue;
             }
-            if full.contains(&port) {
+            if held.until <= now {
+                self.turn_away(&held.visitor, Refusal::BacklogFull, held.asked);
+            } else if full.contains(&port) {
                 held.knock_at = Some(now + AGAIN);
                 self.state().held.insert(token, held);
             } else if !self.knock_for(token, held) {

@@ -217,7 +217,7 @@ impl Supervisor {
         }
     }
 
-    /// Somebody comes. On the engine's thread.
+    /// Knock at the listener that takes somebody.
     pub(crate) fn visit(&self, visitor: Box<Visitor>) -> Result<(), (Refusal, Box<Visitor>)> {
         let port = visitor.brought.granted.port as u16;
         let named: Option<IpAddr> = visitor.destination.parse().ok();

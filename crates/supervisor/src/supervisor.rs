@@ -30,7 +30,7 @@ const TOKEN_WAKE: u64 = 1;
 /// Of listeners and knocks; each gets the next.
 const TOKEN_FIRST: u64 = 2;
 /// How long the broker may take before a program goes on without it.
-pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 /// How often the broker is told of fallbacks, and of this network's addresses.
 const TELL_FALLBACKS: Duration = Duration::from_millis(500);
 const TELL_ADDRESSES: Duration = Duration::from_secs(10);
@@ -512,12 +512,10 @@ impl Host for Engine {
     fn incoming(&self, node: &Arc<Node>, visitor: Visitor) {
         let connection = visitor.brought.granted.connection;
         let visitor = Box::new(visitor);
-        let taken = if visitor.ahead {
-            self.0.hold(visitor)
-        } else {
-            self.0.visit(visitor).map_err(|(refusal, _)| refusal)
-        };
-        match taken {
+        if !visitor.ahead {
+            return self.0.come(visitor);
+        }
+        match self.0.hold(visitor) {
             Ok(()) => drop(node.accept_socket(connection, None)),
             Err(refusal) => node.refuse(connection, refusal),
         }
@@ -550,7 +548,7 @@ impl Host for Engine {
             (state.stuck, state.asked) = (false, false);
             // Another broker does not know them.
             state.ahead.forget();
-            state.held.retain(|_, held| held.is_knocking());
+            state.held.retain(|_, held| held.is_used());
             state.used.clear();
         }
         self.0.tell_addresses(node);
