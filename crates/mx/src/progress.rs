@@ -37,6 +37,12 @@ const LOOKS: u32 = 50;
 const SLEEP_LIMIT: Duration = Duration::from_secs(1);
 /// Between looks for a card where there is none, ns.
 const SEEK_NS: u64 = 3_000_000_000;
+/// Between looks whether it is still there, ns.
+const LOST_NS: u64 = 100_000_000;
+/// Nobody sleeps on the set.
+const AWAKE: u64 = 0;
+/// Who sleeps behind another looks again this often, in case.
+const BEHIND_LIMIT: Duration = Duration::from_millis(20);
 /// The broker answers within this.
 const ANSWER: Duration = Duration::from_secs(2);
 /// Looks at the lanes for one at the card, which needs the clock.
@@ -77,6 +83,12 @@ pub(crate) struct Shared {
     pub told_fd: AtomicBool,
     /// Held by the one thread that sleeps on the set.
     leader: Mutex<()>,
+    /// It is ours, which makes way for callers.
+    ours_leads: AtomicBool,
+    /// Until when it sleeps, ns; [`AWAKE`] while it does not. Changed with the state locked.
+    asleep_until: AtomicU64,
+    /// Callers that sleep behind it. Changed with the state locked.
+    behind: AtomicU32,
     /// Callers that wait, and counts of those that came.
     callers: AtomicU32,
     came: AtomicU32,
@@ -133,6 +145,9 @@ impl Shared {
             ended: Flag::new().map_err(Error::os("opening an endpoint"))?,
             told_fd: AtomicBool::new(true),
             leader: Mutex::new(()),
+            ours_leads: AtomicBool::new(false),
+            asleep_until: AtomicU64::new(AWAKE),
+            behind: AtomicU32::new(0),
             callers: AtomicU32::new(0),
             came: AtomicU32::new(0),
             aside: AtomicBool::new(false),
@@ -222,6 +237,11 @@ impl Shared {
             self.progress(state);
         }
         self.tell_others(state);
+        let until = self.asleep_until.load(Ordering::Relaxed);
+        if until != AWAKE && state.card.as_ref().is_some_and(|card| card.wire.due() < until) {
+            // It would sleep past a timer that was set since.
+            self.news.raise();
+        }
     }
 
     /// Those who sleep hear of what has ended.
@@ -233,8 +253,10 @@ impl Shared {
         if !self.told_fd.swap(true, Ordering::AcqRel) {
             self.ended.raise();
         }
-        if self.callers.load(Ordering::Acquire) > 0 {
+        if self.behind.load(Ordering::Relaxed) > 0 {
             self.turned.notify_all();
+        }
+        if self.asleep_until.load(Ordering::Relaxed) != AWAKE && !self.ours_leads.load(Ordering::Relaxed) {
             self.news.raise();
         }
     }
@@ -301,8 +323,12 @@ impl Shared {
     }
 
     fn misses_card(&self) -> bool {
-        let due = self.seek_at.load(Ordering::Relaxed);
-        self.wire && now_ns() >= due && self.lock().card_lane.is_none()
+        let now = now_ns();
+        if !self.wire || now < self.seek_at.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.seek_at.store(now.saturating_add(LOST_NS), Ordering::Relaxed);
+        self.lock().card_lane.is_none()
     }
 
     // ---- waiting
@@ -389,16 +415,12 @@ impl Shared {
                 found.is_some()
             };
             if how.wait == Wait::Spin {
-                self.listen(Duration::ZERO);
+                self.listen(Duration::ZERO, false);
             } else if let Ok(leading) = self.leader.try_lock() {
                 self.sleep(how.left(SLEEP_LIMIT), &mut ready);
                 self.lead_no_more(leading);
             } else {
-                let mut state = self.lock();
-                // Is there still somebody who sleeps on the set? See `lead_no_more`.
-                if !ready(&mut state) && self.leader.try_lock().is_err() {
-                    let _ = self.turned.wait_timeout(state, how.left(Duration::from_millis(20)));
-                }
+                self.sleep_behind(how.left(BEHIND_LIMIT), &mut ready);
             }
             if found.is_some() {
                 return Ok(found);
@@ -406,12 +428,57 @@ impl Shared {
         }
     }
 
+    /// Sleep while another sleeps on the set, unless there is something already.
+    fn sleep_behind(&self, limit: Duration, ready: &mut dyn FnMut(&mut State) -> bool) {
+        let mut state = self.lock();
+        // Is there still somebody who sleeps on the set? See `lead_no_more`.
+        if ready(&mut state) || self.leader.try_lock().is_ok() {
+            return;
+        }
+        // Bells ring once, and what this one rang for may have been taken by us.
+        if self.arm(&mut state).is_zero() {
+            return;
+        }
+        if self.ours_leads.load(Ordering::Relaxed) {
+            self.news.raise();
+        }
+        self.behind.fetch_add(1, Ordering::Relaxed);
+        let waited = self.turned.wait_timeout(state, limit);
+        // It has the lock again.
+        self.behind.fetch_sub(1, Ordering::Relaxed);
+        drop(waited);
+    }
+
     /// Another may have to sleep on the set now. Whoever saw us lead did so with the state locked, and sleeps by the time
     /// we have locked it.
     fn lead_no_more(&self, leading: MutexGuard<'_, ()>) {
         drop(leading);
-        drop(self.lock());
-        self.turned.notify_all();
+        let _state = self.lock();
+        if self.behind.load(Ordering::Relaxed) > 0 {
+            self.turned.notify_all();
+        }
+    }
+
+    /// From now on every bell rings. How long nothing else has to be done: zero, if there is something already.
+    fn arm(&self, state: &mut State) -> Duration {
+        let mut limit = SLEEP_LIMIT;
+        if state.is_still() {
+            return limit;
+        }
+        for lane in state.lanes.iter().flatten().filter(|lane| !lane.is_stuck) {
+            // Also true of one that has ended: it is looked at.
+            if lane.connection.park(true, !lane.is_idle()).unwrap_or(true) {
+                limit = Duration::ZERO;
+            }
+        }
+        if let (Some(card), Some(lane)) = (&state.card, &state.card_lane) {
+            let due = card.wire.due().saturating_sub(now_ns());
+            limit = limit.min(Duration::from_nanos(due));
+            if lane.park(true, !state.backlog.is_empty()).unwrap_or(true) {
+                limit = Duration::ZERO;
+            }
+        }
+        limit
     }
 
     /// Sleep until a bell rings, unless there is something already.
@@ -427,31 +494,24 @@ impl Shared {
             if ready(&mut state) {
                 return;
             }
-            let awake = !state.is_still();
-            for lane in state.lanes.iter().flatten().filter(|lane| awake && !lane.is_stuck) {
-                // Also true of one that has ended: it is looked at.
-                if lane.connection.park(true, !lane.is_idle()).unwrap_or(true) {
-                    limit = Duration::ZERO;
-                }
-            }
-            if let (true, Some(card), Some(lane)) = (awake, &state.card, &state.card_lane) {
-                let due = card.wire.due().saturating_sub(now_ns());
-                limit = limit.min(Duration::from_nanos(due));
-                if lane.park(true, !state.backlog.is_empty()).unwrap_or(true) {
-                    limit = Duration::ZERO;
-                }
-            }
+            limit = limit.min(self.arm(&mut state));
+            let until = now_ns().saturating_add(limit.as_nanos() as u64);
+            self.asleep_until.store(until.max(AWAKE + 1), Ordering::Relaxed);
         }
-        self.listen(limit);
+        self.listen(limit, true);
     }
 
     /// Hear the bells that ring within `limit`, and go on with whatever they ring for.
-    fn listen(&self, limit: Duration) {
+    fn listen(&self, limit: Duration, leading: bool) {
         let mut events = Vec::new();
-        if self.set.wait(Some(limit), &mut events).is_err() || events.is_empty() {
+        let waited = self.set.wait(Some(limit), &mut events);
+        let mut state = self.lock();
+        if leading {
+            self.asleep_until.store(AWAKE, Ordering::Relaxed);
+        }
+        if waited.is_err() || events.is_empty() {
             return;
         }
-        let mut state = self.lock();
         for (token, _) in events {
             match token {
                 TOKEN_NEWS => self.news.lower(),
@@ -499,6 +559,10 @@ impl Shared {
     fn run(&self) {
         let (mut last, mut same) = (u32::MAX, 0);
         while !self.closing.load(Ordering::Acquire) {
+            // Also while somebody waits: a card may be what is waited for.
+            if self.misses_card() {
+                self.seek_card();
+            }
             let came = self.came.load(Ordering::Relaxed);
             let busy = self.callers.load(Ordering::Acquire) > 0;
             let now = self.hand_over.swap(false, Ordering::AcqRel);
@@ -512,12 +576,13 @@ impl Shared {
                 }
                 continue;
             }
-            if self.misses_card() {
-                self.seek_card();
-            }
             match self.leader.try_lock() {
                 Ok(leading) => {
-                    self.sleep(SLEEP_LIMIT, &mut |_| false);
+                    self.ours_leads.store(true, Ordering::Release);
+                    if self.callers.load(Ordering::Acquire) == 0 {
+                        self.sleep(SLEEP_LIMIT, &mut |_| false);
+                    }
+                    self.ours_leads.store(false, Ordering::Release);
                     self.lead_no_more(leading);
                 }
                 Err(_) => std::thread::park_timeout(AWAY),
