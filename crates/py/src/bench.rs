@@ -291,6 +291,16 @@ fn other(error: isthmus_engine::Error) -> std::io::Error {
     std::io::Error::other(error)
 }
 
+/// How a case of the benches waits: `spin`, `block`, else adaptively.
+pub fn how_of<'a>(wait: &str) -> How<'a> {
+    let wait = match wait {
+        "spin" => Wait::Spin,
+        "block" => Wait::Block,
+        _ => Wait::Adaptive,
+    };
+    How { wait, ..How::default() }
+}
+
 /// Play `part` over a connection of ours; `in_place` leaves the messages in the rings.
 #[pyfunction]
 pub fn bench_connection(
@@ -301,12 +311,7 @@ pub fn bench_connection(
     plan: PlanDict,
     in_place: bool,
 ) -> PyResult<ReportDict> {
-    let wait = match wait {
-        "spin" => Wait::Spin,
-        "block" => Wait::Block,
-        _ => Wait::Adaptive,
-    };
-    let how = How { wait, ..How::default() };
+    let how = how_of(wait);
     let lane = Lane { connection: &connection.inner, how };
     if in_place { play(py, Ok(InPlace(lane)), part, &plan) } else { play(py, Ok(lane), part, &plan) }
 }

@@ -4,10 +4,10 @@ use std::collections::VecDeque;
 use std::io;
 
 use isthmus_bench::Transport;
-use isthmus_mx::{Address, Endpoint, Fault, How, Parts, Pattern, RequestId, Status, Wait};
+use isthmus_mx::{Address, Endpoint, Fault, How, Parts, Pattern, RequestId, Status};
 use pyo3::prelude::*;
 
-use crate::bench::{PlanDict, ReportDict, play};
+use crate::bench::{PlanDict, ReportDict, how_of, play};
 use crate::mx::MxEndpoint;
 
 /// What every message of the loops is called.
@@ -120,12 +120,7 @@ pub fn bench_mx(
     plan: PlanDict,
     ahead: usize,
 ) -> PyResult<ReportDict> {
-    let wait = match wait {
-        "spin" => Wait::Spin,
-        "block" => Wait::Block,
-        _ => Wait::Adaptive,
-    };
-    let how = How { wait, ..How::default() };
+    let how = how_of(wait);
     let one = OneByOne { endpoint: endpoint.inner(), peer: Address::from_words([peer.0, peer.1]), how };
     if ahead == 0 {
         return play(py, Ok(one), part, &plan);

@@ -42,6 +42,7 @@ def _peer(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> lis
     "--poll", type=click.IntRange(0), default=0, metavar="US", help="Look for so long before sleeping."
 )
 @click.option("--ready", is_flag=True, help='Print "ready" when programs can connect.')
+# Of a million frames so many are lost on purpose: for tests and benches where the kernel has no netem.
 @click.option("--lose", type=click.IntRange(0, 1_000_000), default=0, metavar="PPM", hidden=True)
 def card(
     interface: str,
