@@ -332,6 +332,33 @@ def test_the_commands_say_what_the_card_knows(nodes: Nodes) -> None:
         assert counted["received_frames"] > 0
 
 
+def test_a_domain_of_another_node_is_found_by_name(nodes: Nodes) -> None:
+    with nodes.endpoint("a") as a, nodes.endpoint("c") as c:
+        for name in ("c", "c:0"):
+            exchange(a, c, a.connect(name, c.id, KEY, LIMIT_S), 1000, sync=False)
+        with pytest.raises(errors.UnknownDomain):
+            a.connect("nobody", c.id, KEY, LIMIT_S)
+
+
+def test_a_program_in_c_finds_another_node_by_name_before_anything_else() -> None:
+    """Its node's card has had nobody who could ask until then."""
+    ask = """
+        import ctypes
+        from isthmus.cli.mx import MYRIEXPRESS
+        mx = ctypes.CDLL(str(MYRIEXPRESS / "lib" / "libmyriexpress.so"))
+        assert mx.mx__init_api(0x301) == 0
+        nic, name = ctypes.c_uint64(), ctypes.create_string_buffer(80)
+        assert mx.mx_hostname_to_nic_id(b"c:0", ctypes.byref(nic)) == 0
+        assert mx.mx_nic_id_to_hostname(nic, name) == 0
+        print(nic.value, name.value.decode())
+    """
+    with Nodes() as nodes, nodes.endpoint("c") as c:
+        environment = os.environ | {"ISTHMUS_DOOR": nodes.doors["a"]}
+        words = [sys.executable, "-c", textwrap.dedent(ask)]
+        done = subprocess.run(words, env=environment, text=True, capture_output=True, timeout=LIMIT_S)
+        assert done.stdout.split() == [str(c.nic), "c:0"], done.stderr
+
+
 def test_without_a_card_the_commands_say_so() -> None:
     with PrivateBroker(("a",)) as broker:
         environment = os.environ | {"ISTHMUS_DOOR": broker.door("a")}

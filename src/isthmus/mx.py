@@ -223,6 +223,7 @@ class Endpoint:
             wire=wire,
             wait=0 if spin else 1,
         )
+        self._wire = wire
         self._requests: dict[int, Request] = {}
         self._peers: dict[tuple[int, int], Peer] = {}
         #: Coroutines that wait for the next ending; the descriptor tells of it while there are any.
@@ -260,7 +261,8 @@ class Endpoint:
         Parameters
         ----------
         to : str or int
-            A domain of this node by name, or the address of a card ("02:1a:…", or 48 bits).
+            A domain by name, of this node ("shop") or as another node's card calls it ("shop:0"; the two are tried
+            in this order), or the address of a card ("02:1a:…", or 48 bits).
         endpoint : int, default 0
         key : int, default 0
             What that endpoint was opened with.
@@ -274,7 +276,8 @@ class Endpoint:
         RefusedByRule
             A rule of the policy forbids it, or none allows it.
         UnknownDomain
-            There is no domain of that name.
+            There is no domain of that name: of another node it is said after 3 s, in which cards learn of each
+            other.
         """
         words = self._native.connect(self._nic(to), endpoint, key, timeout)
         peer = self._peer(words)
@@ -295,7 +298,14 @@ class Endpoint:
             return to
         if to.count(":") == 5:
             return int(to.replace(":", ""), 16)
-        return self._node.native.find_nic(0, to.removesuffix(":0"))[0]
+        try:
+            return self._node.native.find_nic(0, to.removesuffix(":0"))[0]
+        except errors.UnknownDomain:
+            station = to if ":" in to else f"{to}:0"
+            found = self._node.native.find_station(station) if self._wire else None
+            if found is None:
+                raise
+            return found
 
     # Messages.
 

@@ -16,7 +16,7 @@
 #define MYRIEXPRESS_H
 
 #include <stddef.h>
-#include <stdint.h>
+#include <inttypes.h>
 
 #ifdef __cplusplus
 extern "C" {

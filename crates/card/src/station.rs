@@ -149,6 +149,10 @@ impl Station {
         let counters = DomainCounters::default();
         self.domains.push(Domain { name: name.to_owned(), ports: 0, nic, counters });
         self.by_name.insert(name.to_owned(), slot);
+        if mac.is_some() {
+            // Stations that were heard while nobody here could ask.
+            self.ask_soon(now_us);
+        }
         Ok((slot, mac))
     }
 

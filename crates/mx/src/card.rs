@@ -38,15 +38,11 @@ pub(crate) struct Card {
     pub profile: Profile,
 }
 
-/// Connect to the card and be this endpoint there.
+/// Connect to the card.
 ///
 /// # Errors
-/// There is none, no rule lets us, or it lends nothing to this domain.
-pub(crate) fn open(
-    attachment: &Attachment,
-    nic: u64,
-    endpoint: u8,
-) -> Result<(Arc<Connection>, Profile), Error> {
+/// There is none, or no rule lets us.
+pub(crate) fn dial(attachment: &Attachment, how: &How<'_>) -> Result<Arc<Connection>, Error> {
     let request = ConnectRequest {
         to: card::DOMAIN.into(),
         port: card::PORT,
@@ -56,8 +52,20 @@ pub(crate) fn open(
         small: RING,
         large: lane::LARGE_DEFAULT,
     };
+    attachment.connect(&request, how)
+}
+
+/// Connect to the card and be this endpoint there.
+///
+/// # Errors
+/// There is none, no rule lets us, or it lends nothing to this domain.
+pub(crate) fn open(
+    attachment: &Attachment,
+    nic: u64,
+    endpoint: u8,
+) -> Result<(Arc<Connection>, Profile), Error> {
     let how = How { deadline: Some(Instant::now() + ANSWER), ..How::default() };
-    let connection = attachment.connect(&request, &how)?;
+    let connection = dial(attachment, &how)?;
     let mut record = [0; RECORD_MAX];
     let open = card::Record::Open { endpoint: endpoint.into() };
     let len = card::encode(&open, &mut record).map_err(|e| Error::BadAnswer(e.to_string()))?;

@@ -16,6 +16,7 @@ mod peers;
 mod progress;
 mod requests;
 mod state;
+mod stations;
 
 pub use buffer::Parts;
 pub use codes::{Fault, Result, Return};
@@ -28,3 +29,4 @@ pub use peers::Address;
 pub use requests::{Report, RequestId};
 pub use state::unseen::{Arrived, Handler, Verdict};
 pub use state::{BUFFERED_MAX, EAGER_MAX};
+pub use stations::{find_station, station_name};

@@ -183,6 +183,12 @@ impl Node {
         Ok((found.nic, found.domain, found.name))
     }
 
+    /// The network card of another node's station, as in `node7:0`; waits up to 3 s for this node's card to learn of it.
+    /// None: nobody has this name, or there is no card.
+    fn find_station(&self, py: Python<'_>, name: &str) -> Option<u64> {
+        py.detach(|| isthmus_mx::find_station(&self.inner, name))
+    }
+
     /// (number, name) of a domain given by name or number.
     #[pyo3(signature = (name, timeout=None))]
     fn resolve(&self, py: Python<'_>, name: &str, timeout: Option<f64>) -> PyResult<(u32, String)> {

@@ -10,7 +10,7 @@ use std::{env, io};
 
 use isthmus_engine::Error;
 use isthmus_engine::node::{Attachment, Nic, Node as Engine};
-use isthmus_mx::{BUFFERED_MAX, ENDPOINTS, How, Parts, Report, Wait};
+use isthmus_mx::{BUFFERED_MAX, ENDPOINTS, How, Parts, Report, Wait, find_station, station_name};
 use isthmus_proto::mx::matching::Pattern;
 use isthmus_sys::signals::quietly;
 
@@ -105,6 +105,11 @@ impl Node {
     fn find(&self, nic: u64, name: &str) -> Option<Nic> {
         self.attachment.find_nic(nic, name, &within(ANSWER)).ok()
     }
+
+    /// The way to other nodes, if this program may take it.
+    fn beyond(&self) -> Option<&Attachment> {
+        (!environment::stays_on_node()).then_some(&self.attachment)
+    }
 }
 
 impl Host for Node {
@@ -136,19 +141,28 @@ impl Host for Node {
         (board == BOARD).then_some(Fabric { mapper_nic: MAPPER, map_version: 1, hosts: 1 })
     }
 
-    /// A domain of this node is a host with one board. A card anywhere can be named by its own address.
+    /// A domain of this node is a host with one board, and so is a station of another that has a name; those of this
+    /// node come first. A card anywhere can be named by its own address.
     fn nic_named(&self, name: &str) -> Option<u64> {
         let bytes: Vec<&str> = name.split(':').collect();
         if bytes.len() == 6 && bytes.iter().all(|byte| byte.len() == 2) {
             return u64::from_str_radix(&bytes.concat(), 16).ok();
         }
         let domain = name.strip_suffix(":0").unwrap_or(name);
-        Some(self.find(0, domain).filter(|_| !domain.is_empty())?.nic)
+        if domain.is_empty() {
+            return None;
+        }
+        let neighbour = self.find(0, domain).map(|found| found.nic);
+        let named = if name.contains(':') { name.to_owned() } else { format!("{name}:{BOARD}") };
+        neighbour.or_else(|| quietly(|| find_station(self.beyond()?, &named)))
     }
 
     fn name_of(&self, nic: u64) -> Option<String> {
-        let found = self.find(nic, "").filter(|_| nic != 0)?;
-        Some(format!("{}:{BOARD}", found.name))
+        if nic == 0 {
+            return None;
+        }
+        let neighbour = self.find(nic, "").map(|found| format!("{}:{BOARD}", found.name));
+        neighbour.or_else(|| quietly(|| station_name(self.beyond()?, nic)))
     }
 
     fn open(&self, options: Options) -> Result<Open, Fault> {
