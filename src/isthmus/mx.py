@@ -261,8 +261,8 @@ class Endpoint:
         Parameters
         ----------
         to : str or int
-            A domain by name, of this node ("shop") or as another node's card calls it ("shop:0"; the two are tried
-            in this order), or the address of a card ("02:1a:…", or 48 bits).
+            A domain by name, of this node or else of another one ("shop", or "shop:0" as MX calls its card), or
+            the address of a card ("02:1a:…", or 48 bits).
         endpoint : int, default 0
         key : int, default 0
             What that endpoint was opened with.
@@ -276,7 +276,7 @@ class Endpoint:
         RefusedByRule
             A rule of the policy forbids it, or none allows it.
         UnknownDomain
-            There is no domain of that name: of another node it is said after 3 s, in which cards learn of each
+            There is no domain of that name. Where there is a card, this takes 3 s: cards have to learn of each
             other.
         """
         words = self._native.connect(self._nic(to), endpoint, key, timeout)
