@@ -261,8 +261,8 @@ class Endpoint:
         Parameters
         ----------
         to : str or int
-            A domain by name, of this node or else of another one ("shop", or "shop:0" as MX calls its card), or
-            the address of a card ("02:1a:…", or 48 bits).
+            A domain by name, of this node or else of another one ("shop", or "shop:0" as MX calls its
+            card), or the address of a card ("02:1a:…", or 48 bits).
         endpoint : int, default 0
         key : int, default 0
             What that endpoint was opened with.
@@ -276,8 +276,8 @@ class Endpoint:
         RefusedByRule
             A rule of the policy forbids it, or none allows it.
         UnknownDomain
-            There is no domain of that name. Where there is a card, this takes 3 s: cards have to learn of each
-            other.
+            There is no domain of that name. Where there is a card this takes 3 s: cards have to learn of
+            each other.
         """
         words = self._native.connect(self._nic(to), endpoint, key, timeout)
         peer = self._peer(words)
