@@ -269,6 +269,11 @@ class Node:
         """How many connections a domain holds now."""
         return int(self.broker.ask("status", domain=domain)["domain"]["holds"]["connections"][0])
 
+    def listens(self, domain: str, port: int) -> bool:
+        """Whether the broker knows of a listener."""
+        ports = self.broker.ask("status", domain=domain)["domain"]["ports"]
+        return any(entry["port"] == port for entry in ports)
+
     def traffic(self, domain: str) -> dict[str, int]:
         """What went over the switch for a domain."""
         status = self.broker.ask("status", domain=domain)["domain"]

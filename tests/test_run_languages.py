@@ -417,6 +417,7 @@ def go_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "`isthmus run`",
     "statically linked: net/http with kept connections, 100 goroutines, deadlines; TCP and Multipath TCP",
 )
+@pytest.mark.timeout(600)  # Its program is compiled, and Go's own library with it.
 def test_go(net: Net, go_program: Path) -> None:
     server = net.start("right", str(go_program), "serve")
     assert server.line() == "listening"

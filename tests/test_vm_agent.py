@@ -446,6 +446,7 @@ def test_a_restarted_broker_cuts_nothing_and_serves_at_once(node: Node) -> None:
             node.broker.start()
             began = time.monotonic()
             becomes(lambda: node.device("a") == "running")
+            becomes(lambda: node.listens("b", 9170), "who listens does not say so to the new broker")
             late = node["a"].python(CLIENT.format(to="b", port=9170, size=1000))
             assert late.line().startswith("switch")
             held = becomes(lambda: node.connections("a") >= 2 and node.connections("a"))

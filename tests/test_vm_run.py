@@ -67,12 +67,7 @@ class Both:
 
     def listens(self, domain: str, port: int) -> None:
         """Wait until the broker knows of a listener."""
-
-        def known() -> bool:
-            ports = self.node.broker.ask("status", domain=domain)["domain"]["ports"]
-            return any(entry["port"] == port for entry in ports)
-
-        becomes(known, f"nobody listens at {domain}:{port}")
+        becomes(lambda: self.node.listens(domain, port), f"nobody listens at {domain}:{port}")
 
     def end(self) -> None:
         for program in self._programs:
