@@ -24,6 +24,8 @@ from isthmus.bench.worker import Control
 __all__ = ["TRANSPORT", "main"]
 
 TIMEOUT_S = 12
+#: Small messages that are under way at a time.
+MANY = 32
 
 
 class TRANSPORT(Transport):
@@ -31,7 +33,7 @@ class TRANSPORT(Transport):
 
     name = "mpi4py"
     clients = ("python",)
-    benches = ("pingpong", "stream")
+    benches = ("pingpong", "stream", "rate", "overlap")
     waits = ("spin",)
     start_s = 0.8
 
@@ -107,6 +109,32 @@ class Channel:
         """Return when all of it is here."""
         self._comm.Recv([message, self._byte], self._peer)
 
+    def isend(self, message: bytearray) -> Any:
+        """Begin to send."""
+        return self._comm.Isend([message, self._byte], self._peer)
+
+    def irecv(self, message: bytearray) -> Any:
+        """Post a receive."""
+        return self._comm.Irecv([message, self._byte], self._peer)
+
+    def wait(self, request: Any) -> None:
+        """Wait for it."""
+        request.Wait()
+
+    def cancel(self, request: Any) -> None:
+        """Take a receive back."""
+        request.Cancel()
+        request.Wait()
+
+
+def play(job: Job, channel: Channel) -> Report:
+    """Play the job's part with the other rank."""
+    if job.load == "overlap":
+        return loops.overlap(job, channel)
+    if job.case.bench == "rate":
+        return loops.play(job, loops.Ahead(channel, job.size, MANY))
+    return loops.play(job, channel)
+
 
 def main() -> None:
     """One rank: 0 is the client, and prints what both found."""
@@ -118,7 +146,7 @@ def main() -> None:
     if job.cpus:
         os.sched_setaffinity(0, [job.cpus[rank % len(job.cpus)]])
     comm.Barrier()
-    report = loops.play(job, Channel(mpi))
+    report = play(job, Channel(mpi))
     reports = comm.gather(report, root=0)
     if rank == 0:
         client, server = reports
