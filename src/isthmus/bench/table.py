@@ -359,8 +359,11 @@ def _losses(records: Sequence[Record]) -> Table:
 
 
 def _endpoints(records: Sequence[Record]) -> Table:
-    headings = ["GB/s", "furthest from the mean", "KiB of one that is idle", "CPU s/GB", "runs", "spread"]
-    title = "Endpoints of one card, each streaming to its own peer, all together"
+    headings = ["GB/s", "uneven", "idle KiB", "CPU s/GB", "runs", "spread"]
+    title = (
+        "Endpoints of one card, each streaming to its own peer, all together;\n"
+        "uneven: the furthest from the mean; idle: memory of one, its share of program and card"
+    )
     table = _table(title, ["endpoints", "size", "transport", "wait"], headings)
     for record in sorted(records, key=lambda record: (record.size or 0, record.pairs)):
         table.add_row(

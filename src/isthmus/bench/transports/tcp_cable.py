@@ -6,6 +6,7 @@ at a time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import ClassVar
 
@@ -22,7 +23,12 @@ class TRANSPORT(OverBridge):
     """As fast as the machine is."""
 
     name = "tcp-cable"
-    benches = ("pingpong", "stream", "rate", "loss")
+    benches: ClassVar[tuple[str, ...]] = ("pingpong", "stream", "rate", "loss")
+    usual_waits: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **OverBridge.usual_waits,
+        "rate": ("spin", "block"),
+        "loss": ("block",),
+    }
     gigabits: ClassVar[int | None] = None
     lost: ClassVar[float] = 0.0
 
