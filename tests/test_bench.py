@@ -508,6 +508,18 @@ def test_lost_frames_lose_no_message() -> None:
     for each in found:
         assert each.gbytes_per_s
         assert each.detail["delivered"] == 1.0
+    assert found[1].detail["frames_lost_by"] == "cable"
+    assert found[1].detail["frames_lost"] > LOST / 3
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_where_the_kernel_drops_nothing_cards_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.bench.cable._dropping", lambda _: "nonsense")
+    (lossless, lossy) = measured("loss", "native", ("mx",), sizes=(100_000,))
+    assert (lossless.path, lossy.path) == ("wire", "wire-lossy")
+    assert lossy.detail["frames_lost_by"] == "card"
+    assert lossy.detail["frames_lost"] > LOST / 3
+    assert lossy.detail["delivered"] == 1.0
 
 
 @pytest.mark.usefixtures("cable_or_skip")

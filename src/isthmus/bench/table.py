@@ -168,6 +168,10 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+def _tenths(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for heading in texts:
@@ -332,7 +336,7 @@ _LOSSY = "-lossy"
 
 
 def _losses(records: Sequence[Record]) -> Table:
-    headings = ["GB/s", "of lossless", "delivered", "CPU s/GB", "runs", "spread"]
+    headings = ["GB/s", "of lossless", "frames lost", "delivered", "CPU s/GB", "runs", "spread"]
     title = f"Throughput over a cable; {LOST:.0%} of the frames are lost where it says lossy"
     table = _table(title, ["size", "transport", "client", "wait"], headings)
     for record in _by_size(records):
@@ -350,6 +354,7 @@ def _losses(records: Sequence[Record]) -> Table:
             record.wait,
             _number(record.gbytes_per_s),
             _percent((record.gbytes_per_s or 0) / lossless[0]) if lossless else "",
+            _tenths(record.detail.get("frames_lost")),
             _percent(record.detail["delivered"]),
             _number(record.cpu_s_per_gb),
             str(record.runs),
@@ -359,7 +364,7 @@ def _losses(records: Sequence[Record]) -> Table:
 
 
 def _endpoints(records: Sequence[Record]) -> Table:
-    headings = ["GB/s", "uneven", "idle KiB", "CPU s/GB", "runs", "spread"]
+    headings = ["GB/s", "uneven", "frames lost", "idle KiB", "CPU s/GB", "runs", "spread"]
     title = (
         "Endpoints of one card, each streaming to its own peer, all together;\n"
         "uneven: the furthest from the mean; idle: memory of one, its share of program and card"
@@ -373,6 +378,7 @@ def _endpoints(records: Sequence[Record]) -> Table:
             record.wait,
             _number(record.gbytes_per_s),
             _percent(record.detail.get("uneven")),
+            _tenths(record.detail.get("frames_lost")),
             _number(record.detail.get("idle_endpoint_kib")),
             _number(record.cpu_s_per_gb),
             str(record.runs),

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import ClassVar
 
-from isthmus import errors, mx
+from isthmus import attach, errors, mx
 from isthmus.bench import loops, native
 from isthmus.bench.bridge import BridgeError
 from isthmus.bench.cable import LOST, Cable
@@ -19,6 +19,7 @@ from isthmus.bench.idle import memory_kib
 from isthmus.bench.native import Report
 from isthmus.bench.transports import Job, Setup, Transport
 from isthmus.bench.worker import Control
+from isthmus.card import Card
 
 __all__ = ["TRANSPORT"]
 
@@ -46,6 +47,8 @@ PATHS = {
 KEY = 0x15
 #: Time in which what was opened finds its rest, before its memory is looked at.
 REST_S = 0.3
+#: Time in which the last frames arrive.
+SETTLE_S = 0.05
 
 
 class TRANSPORT(Transport):
@@ -90,18 +93,28 @@ class TRANSPORT(Transport):
         doors = {"sealed": {"left": broker.door("left"), "right": broker.door("right")}}
         mediators = [broker.pid]
         cards: list[int] = []
+        detail: dict[str, str] = {}
         for path, lay in CABLES.items():
             if path not in settings.paths:
                 continue
-            cable = stack.enter_context(lay())
+            options: tuple[str, ...] = ()
+            try:
+                cable = stack.enter_context(lay())
+            except BridgeError:
+                if path != "wire-lossy":
+                    raise
+                # This kernel drops nothing on demand; the cards do.
+                cable, options = stack.enter_context(Cable()), ("--lose", str(round(LOST * 1e6)))
+            if path == "wire-lossy":
+                detail["frames_lost_by"] = "card" if options else "cable"
             doors[path] = {}
             for side in ("left", "right"):
                 node = stack.enter_context(PrivateBroker((side, "card")))
                 doors[path][side] = node.door(side)
-                cards.append(start_card(stack, cable, side, node.door("card")))
+                cards.append(start_card(stack, cable, side, node.door("card"), *options))
                 mediators += [node.pid, cards[-1]]
-        options = {role: {"doors": doors, "cards": cards} for role in ("server", "client")}
-        return Setup(options=options, mediators=tuple(mediators))
+        ends = {role: {"doors": doors, "cards": cards} for role in ("server", "client")}
+        return Setup(options=ends, mediators=tuple(mediators), detail=detail)
 
     def server(self, job: Job, control: Control) -> Report:
         """Wait for whoever connects."""
@@ -123,7 +136,10 @@ class TRANSPORT(Transport):
             peer = connect(own, nic, number)
             control.go()
             own.isend(peer, KEY, None).wait(LIMIT_S)
-            return play(job, own, peer)
+            if job.case.bench != "loss":
+                return play(job, own, peer)
+            with frames_lost(job, control):
+                return play(job, own, peer)
 
 
 def start_card(stack: ExitStack, cable: Cable, side: str, door: str, *options: str) -> int:
@@ -145,8 +161,6 @@ def start_card(stack: ExitStack, cable: Cable, side: str, door: str, *options: s
 
 def endpoint(job: Job, side: str) -> mx.Endpoint:
     """Open an endpoint of one side of this path."""
-    from isthmus import attach
-
     path = job.case.path or "sealed"
     return mx.Endpoint(
         key=KEY,
@@ -211,7 +225,27 @@ def stream_many(job: Job, control: Control) -> Report:
         control.go()
         for end, peer in zip(ends, peers, strict=True):
             end.isend(peer, KEY, None).wait(LIMIT_S)
-        return play_many(job, ends, peers)
+        with frames_lost(job, control):
+            return play_many(job, ends, peers)
+
+
+@contextmanager
+def frames_lost(job: Job, control: Control) -> Iterator[None]:
+    """Ask both cards what they sent for these domains meanwhile, and what arrived."""
+    doors = job.options["doors"][job.case.path]
+    with Card(attach(doors["left"])) as left, Card(attach(doors["right"])) as right:
+
+        def told() -> tuple[int, int]:
+            both = left.counters(), right.counters()
+            # Those that a card drops on purpose it does not send.
+            sent = sum(each["sent_frames"] + each["faults"] for each in both)
+            return sent, sum(each["received_frames"] for each in both)
+
+        before = told()
+        yield
+        time.sleep(SETTLE_S)
+        sent, arrived = (now - then for now, then in zip(told(), before, strict=True))
+        control.detail["frames_lost"] = round(1 - arrived / sent, 4)
 
 
 def play_many(job: Job, ends: list[mx.Endpoint], peers: list[mx.Peer]) -> Report:
