@@ -16,6 +16,7 @@ import isthmus
 from isthmus.testing import PrivateBroker
 
 if TYPE_CHECKING:
+    from endpoints import Ends
     from networks import Net
 
 DOMAINS = ("a", "b", "c", "d")
@@ -126,6 +127,24 @@ def pair(domains: Domains) -> Iterator[tuple[isthmus.Socket, isthmus.Socket]]:
     one, other = domains.pair()
     with one, other:
         yield one, other
+
+
+@pytest.fixture
+def ends(broker: PrivateBroker) -> Iterator[Ends]:
+    """Endpoints of two domains."""
+    from endpoints import joined
+
+    with joined(broker) as found:
+        yield found
+
+
+@pytest.fixture
+def every_ends(domains: Domains) -> Iterator[Ends]:
+    """The same, once for each carrier."""
+    from endpoints import joined
+
+    with joined(domains) as found:
+        yield found
 
 
 @pytest.fixture(params=[socket.SOCK_STREAM, socket.SOCK_SEQPACKET], ids=["stream", "seqpacket"])

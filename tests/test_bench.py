@@ -20,7 +20,8 @@ from rich.console import Console
 
 from isthmus.bench import loops, native, programs_guests, transports
 from isthmus.bench.bridge import Bridge, BridgeError
-from isthmus.bench.cases import Case, Settings, cases_of, groups_of, parse_sizes
+from isthmus.bench.cable import LOST, Cable
+from isthmus.bench.cases import MX_BENCHES, Case, Settings, cases_of, groups_of, parse_sizes
 from isthmus.bench.cli import bench_group
 from isthmus.bench.plots import write_plots
 from isthmus.bench.process import Pool, WorkerError
@@ -148,6 +149,11 @@ def test_tables_show_every_record_and_its_ratio() -> None:
             per_second=12345.0,
             detail={"foreign_load": 0.5, "line_us": [0.06, 0.24]},
         ),
+        record(bench="rate", transport="mx", path="wire", per_second=98765.0, cpu_s_per_gb=125.0),
+        record(bench="overlap", overlap=0.25, detail={"overlap_receiver": 0.25, "overlap_sender": 0.75}),
+        record(bench="loss", transport="mx", path="wire", gbytes_per_s=2.0, detail={"delivered": 1.0}),
+        record(bench="loss", transport="mx", path="wire-lossy", gbytes_per_s=1.1, detail={"delivered": 1.0}),
+        record(bench="endpoints", pairs=63, detail={"uneven": 0.0712, "idle_endpoint_kib": 81.5}),
     ]
     print_tables(everything, console)
     console.file.close()
@@ -160,6 +166,13 @@ def test_tables_show_every_record_and_its_ratio() -> None:
         "4 pairs",
         "3,518",
         "12,345",
+        "98,765",
+        "8",
+        "75%",
+        "55%",
+        "63",
+        "7%",
+        "81.50",
         "abacus",
         "0.060 µs apart",
     ):
@@ -170,13 +183,15 @@ def test_plots_are_written_for_what_was_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     points = [record(size=size, p50_us=size / 10) for size in (1, 64, 4096)]
     points += [record(bench="pairs", size=512 << 10, pairs=pairs, gbytes_per_s=9.0) for pairs in (1, 8)]
-    written = write_plots(points, tmp_path / "deep" / "out")
-    assert [path.name for path in written] == [
-        "latency.png",
-        "latency.svg",
-        "pairs-pinned.png",
-        "pairs-pinned.svg",
+    points += [
+        record(bench="rate", per_second=1e6),
+        record(bench="overlap", overlap=0.5),
+        record(bench="loss", gbytes_per_s=1.0),
+        record(bench="endpoints", pairs=64, gbytes_per_s=1.0),
     ]
+    written = write_plots(points, tmp_path / "deep" / "out")
+    names = ("latency", "rate", "loss", "overlap", "endpoints", "pairs-pinned")
+    assert [path.name for path in written] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert all(path.stat().st_size > 5000 for path in written)
     assert write_plots([], tmp_path) == []
 
@@ -248,7 +263,7 @@ def test_what_cannot_be_measured_is_left_out_aloud(monkeypatch: pytest.MonkeyPat
 # The bridge
 
 
-def in_namespace(bridge: Bridge, side: str, *command: str) -> str:
+def in_namespace(bridge: Bridge | Cable, side: str, *command: str) -> str:
     return subprocess.run([*bridge.prefix(side), *command], capture_output=True, text=True, check=True).stdout
 
 
@@ -431,11 +446,158 @@ def test_an_installed_peer_gives_figures(name: str) -> None:
     transport = transports.load(name)
     if reason := transport.missing():
         pytest.skip(f"{name}: {reason}")
-    (client,) = transport.clients
-    (ping,) = measured("pingpong", client, (name,), sizes=(64,))
-    (stream,) = measured("stream", client, (name,), sizes=(65536,))
-    assert ping.p50_us
-    assert stream.gbytes_per_s
+    for client in transport.clients:
+        if transport.refuses(replace(PING, transport=name, client=client)):
+            continue
+        (ping,) = measured("pingpong", client, (name,), sizes=(64,))
+        (stream,) = measured("stream", client, (name,), sizes=(65536,))
+        assert ping.p50_us
+        assert stream.gbytes_per_s
+
+
+# MX
+
+
+@pytest.fixture
+def cable_or_skip() -> None:
+    if reason := transports.load("mx").missing():
+        pytest.skip(f"mx: {reason}")
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_many_small_messages_are_under_way(client: str) -> None:
+    found = measured("rate", client, ("isthmus", "mx", "tcp-cable"), waits=("block", "adaptive"))
+    assert {(each.transport, each.path) for each in found} == {
+        ("isthmus", "sealed"),
+        ("isthmus", "put"),
+        ("mx", "sealed"),
+        ("mx", "wire"),
+        ("tcp-cable", None),
+    }
+    for each in found:
+        assert each.size == 64
+        assert each.per_second is not None
+        assert each.per_second > 0
+        assert each.detail["values"] == [each.per_second]
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_a_transfer_and_work_are_timed_alone_and_together() -> None:
+    found = measured("overlap", "python", ("mx",), sizes=(300_000,))
+    assert [each.path for each in found] == ["sealed", "wire"]
+    for each in found:
+        ends = each.detail["overlap_receiver"], each.detail["overlap_sender"]
+        assert each.overlap == min(ends)
+        assert all(0 <= end <= 1 for end in ends)
+        assert each.p50_us
+        assert not each.pinned
+
+
+def test_what_is_hidden_is_a_part_of_the_shorter() -> None:
+    assert loops.hidden(2.0, 2.0, 2.0) == 1.0
+    assert loops.hidden(2.0, 2.0, 3.0) == 0.5
+    assert loops.hidden(1.0, 3.0, 3.5) == 0.5
+    assert loops.hidden(2.0, 2.0, 9.0) == 0.0, "slower than one after the other"
+    assert loops.hidden(2.0, 2.0, 1.0) == 1.0, "faster than either"
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_lost_frames_lose_no_message() -> None:
+    found = measured("loss", "native", ("mx", "tcp-cable", "tcp-cable-lossy"), sizes=(100_000,))
+    assert [each.name for each in found] == ["mx wire", "mx wire-lossy", "tcp-cable", "tcp-cable-lossy"]
+    for each in found:
+        assert each.gbytes_per_s
+        assert each.detail["delivered"] == 1.0
+    assert found[1].detail["frames_lost_by"] == "cable"
+    assert found[1].detail["frames_lost"] > LOST / 3
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_where_the_kernel_drops_nothing_cards_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.bench.cable._dropping", lambda _: "nonsense")
+    (lossless, lossy) = measured("loss", "native", ("mx",), sizes=(100_000,))
+    assert (lossless.path, lossy.path) == ("wire", "wire-lossy")
+    assert lossy.detail["frames_lost_by"] == "card"
+    assert lossy.detail["frames_lost"] > LOST / 3
+    assert lossy.detail["delivered"] == 1.0
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_many_endpoints_of_a_card_are_measured_one_by_one() -> None:
+    (found,) = measured("endpoints", "native", ("mx",), pairs=(9,), sizes=(10_000,))
+    assert (found.pairs, found.path) == (9, "wire")
+    assert found.gbytes_per_s
+    assert found.detail["uneven"] > 0
+    assert 0 < found.detail["idle_endpoint_kib"] < 1024
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_a_lossy_cable_loses_what_it_says() -> None:
+    count = 4000
+    with Cable(lost=LOST) as cable:
+        counting = subprocess.Popen(
+            [*cable.prefix("right"), sys.executable, "-c", COUNT, cable.right_address],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert counting.stdout is not None
+        port = counting.stdout.readline().strip()
+        in_namespace(cable, "left", sys.executable, "-c", TELL, cable.right_address, port, str(count))
+        arrived = int(counting.communicate()[0])
+    assert 0.97 * count < arrived < 0.999 * count
+
+
+COUNT = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as heard:
+    heard.bind((sys.argv[1], 0))
+    print(heard.getsockname()[1], flush=True)
+    heard.settimeout(10)
+    count = 0
+    while heard.recv(10) != b"end":
+        heard.settimeout(1)
+        count += 1
+    print(count)
+"""
+# Forty at a time, as many as any socket holds; the end is said often enough to be heard.
+TELL = """
+import socket, sys, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as told:
+    told.connect((sys.argv[1], int(sys.argv[2])))
+    for number in range(int(sys.argv[3])):
+        told.send(b"x")
+        if number % 40 == 0:
+            time.sleep(0.002)
+    time.sleep(0.1)
+    for _ in range(5):
+        told.send(b"end")
+"""
+
+
+def test_mpi_is_measured_as_mx_is() -> None:
+    transport = transports.load("mpi4py")
+    if reason := transport.missing():
+        pytest.skip(f"mpi4py: {reason}")
+    for client in transport.clients:
+        if not transport.refuses(replace(PING, transport="mpi4py", client=client)):
+            (rate,) = measured("rate", client, ("mpi4py",))
+            assert rate.per_second
+    (overlap,) = measured("overlap", "python", ("mpi4py",), sizes=(300_000,))
+    assert overlap.overlap is not None
+    assert 0 <= overlap.overlap <= 1
+
+
+@pytest.mark.usefixtures("cable_or_skip")
+def test_the_benches_of_mx_are_chosen_by_name() -> None:
+    words = "mx rate overlap --quick --repeat 1 --clients python --transports mx --waits adaptive --json"
+    done = CliRunner().invoke(bench_group, words.split())
+    assert done.exit_code == 0, done.output
+    listed = json.loads(done.stdout)
+    assert {item["bench"] for item in listed} == {"rate", "overlap"}
+    assert all((item["overlap"] is not None) == (item["bench"] == "overlap") for item in listed)
+    refused = CliRunner().invoke(bench_group, ["mx", "pigeon"])
+    assert refused.exit_code == 2
+    assert all(name in refused.output for name in MX_BENCHES)
 
 
 def test_ucx_perftests_last_line_is_read_by_position() -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT_S, becomes
+from endpoints import LONG, ended, fails, fine, joined, noise
 from test_death import lanes
-from test_mx import LONG, ended, fails, fine, joined, noise, rules
+from test_mx import rules
 
 import isthmus
 from isthmus import errors, mx

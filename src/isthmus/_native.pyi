@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, final
 
 from typing_extensions import Buffer
@@ -46,6 +46,7 @@ __all__ = [
     "bench_fd",
     "bench_memcpy",
     "bench_mx",
+    "bench_mx_many",
     "bench_ring",
     "bench_ring_memory",
     "check_name",
@@ -334,6 +335,14 @@ def bench_connect_server(listener: int, /) -> dict[str, Any]: ...
 def bench_mx(
     endpoint: MxEndpoint, peer: tuple[int, int], wait: str, part: str, plan: _Plan, ahead: int
 ) -> dict[str, Any]: ...
+def bench_mx_many(
+    endpoints: Sequence[MxEndpoint],
+    peers: Sequence[tuple[int, int]],
+    wait: str,
+    part: str,
+    plan: _Plan,
+    ahead: int,
+) -> list[dict[str, Any]]: ...
 def bench_connection(
     connection: Connection, wait: str, part: str, plan: _Plan, in_place: bool
 ) -> dict[str, Any]: ...

@@ -348,7 +348,11 @@ impl Inner {
     fn take_from_programs(&mut self, now: u64) -> bool {
         let mut worked = false;
         let mut at = 0;
+        let mut waiting = None;
         while let Some(port) = self.active.get(at).copied() {
+            if waiting.is_none() && !self.station.has_room(port) {
+                waiting = Some(at);
+            }
             let Some(busy_us) = self.lines.get(port).map(|line| line.busy_us) else {
                 self.active.swap_remove(at);
                 continue;
@@ -361,6 +365,10 @@ impl Inner {
             } else {
                 at += 1;
             }
+        }
+        // Who found its domain's queue full is the first to find room: else the first of all take all of it.
+        if let Some(at) = waiting.filter(|at| *at < self.active.len()) {
+            self.active.rotate_left(at);
         }
         worked
     }

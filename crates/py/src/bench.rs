@@ -16,7 +16,7 @@ use crate::buffer::Buffer;
 use crate::connection::Connection;
 
 /// A fault of the caller is a `ValueError`, one of the machine or the transport an `OSError`.
-fn fault(error: BenchError) -> PyErr {
+pub fn fault(error: BenchError) -> PyErr {
     match error {
         BenchError::Transport { .. } | BenchError::Memory { .. } | BenchError::NoSuchCpu { .. } => {
             PyOSError::new_err(error.to_string())
@@ -62,7 +62,7 @@ fn duration(seconds: f64) -> PyResult<Duration> {
 }
 
 impl PlanDict {
-    fn plan(&self) -> PyResult<Plan> {
+    pub fn plan(&self) -> PyResult<Plan> {
         Ok(Plan {
             size: self.size,
             warmup: duration(self.warmup_s)?,

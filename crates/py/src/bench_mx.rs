@@ -1,13 +1,14 @@
 //! The loops of `isthmus bench` over endpoints of MX.
 
 use std::collections::VecDeque;
-use std::io;
+use std::panic::resume_unwind;
+use std::{io, thread};
 
-use isthmus_bench::Transport;
+use isthmus_bench::{self as bench, BenchError, Part, Plan, Report, Transport};
 use isthmus_mx::{Address, Endpoint, Fault, How, Parts, Pattern, RequestId, Status};
 use pyo3::prelude::*;
 
-use crate::bench::{PlanDict, ReportDict, how_of, play};
+use crate::bench::{PlanDict, ReportDict, fault, how_of, play};
 use crate::mx::MxEndpoint;
 
 /// What every message of the loops is called.
@@ -24,13 +25,21 @@ fn failed(fault: Fault) -> io::Error {
     io::Error::other(fault)
 }
 
-impl OneByOne<'_> {
+impl<'e> OneByOne<'e> {
+    fn new(endpoint: &'e Endpoint, peer: (u64, u64), wait: &str) -> Self {
+        Self { endpoint, peer: Address::from_words([peer.0, peer.1]), how: how_of(wait) }
+    }
+
     fn end(&self, id: RequestId) -> io::Result<()> {
         match self.endpoint.wait(id, &self.how).map_err(failed)? {
             Some(report) if report.status == Status::Success => Ok(()),
             Some(report) => Err(io::Error::other(format!("a request ended with {:?}", report.status))),
             None => Err(io::ErrorKind::TimedOut.into()),
         }
+    }
+
+    fn ahead(self, depth: usize) -> Ahead<'e> {
+        Ahead { one: self, depth, requests: VecDeque::new() }
     }
 
     fn post(&self, message: &mut [u8]) -> io::Result<RequestId> {
@@ -120,10 +129,41 @@ pub fn bench_mx(
     plan: PlanDict,
     ahead: usize,
 ) -> PyResult<ReportDict> {
-    let how = how_of(wait);
-    let one = OneByOne { endpoint: endpoint.inner(), peer: Address::from_words([peer.0, peer.1]), how };
+    let one = OneByOne::new(endpoint.inner(), peer, wait);
     if ahead == 0 {
         return play(py, Ok(one), part, &plan);
     }
-    play(py, Ok(Ahead { one, depth: ahead, requests: VecDeque::new() }), part, &plan)
+    play(py, Ok(one.ahead(ahead)), part, &plan)
+}
+
+/// Play `part` at many endpoints at once, each in a thread of its own with its own peer. A report for each; what they
+/// say of processor time is the whole process's.
+#[pyfunction]
+pub fn bench_mx_many(
+    py: Python<'_>,
+    endpoints: Vec<Py<MxEndpoint>>,
+    peers: Vec<(u64, u64)>,
+    wait: &str,
+    part: &str,
+    plan: PlanDict,
+    ahead: usize,
+) -> PyResult<Vec<ReportDict>> {
+    let part: Part = part.parse().map_err(fault)?;
+    let plan: Plan = plan.plan()?;
+    let ends: Vec<Ahead<'_>> = endpoints
+        .iter()
+        .zip(peers)
+        .map(|(endpoint, peer)| OneByOne::new(endpoint.get().inner(), peer, wait).ahead(ahead.max(1)))
+        .collect();
+    let reports: Result<Vec<Report>, BenchError> = py.detach(|| {
+        thread::scope(|scope| {
+            let play = |mut end| scope.spawn(move || bench::play(&mut end, part, &plan));
+            let threads: Vec<_> = ends.into_iter().map(play).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        })
+    });
+    Ok(reports.map_err(fault)?.into_iter().map(ReportDict::from).collect())
 }

@@ -35,7 +35,7 @@ mod _native {
     };
 
     #[pymodule_export]
-    use super::bench_mx::bench_mx;
+    use super::bench_mx::{bench_mx, bench_mx_many};
     #[pymodule_export]
     use super::card::run_card;
     #[pymodule_export]

@@ -10,7 +10,10 @@ from types import TracebackType
 
 from isthmus.bench.bridge import BridgeError, Holder, find_tool, run_ip
 
-__all__ = ["Cable"]
+__all__ = ["LOST", "Cable"]
+
+#: What a lossy cable loses.
+LOST = 0.01
 
 _TIMEOUT_S = 10
 
@@ -24,6 +27,8 @@ class Cable:
         Of both ends, bytes.
     gigabits : int, optional
         What passes in each direction, Gbit/s of whole frames; else what the machine can do.
+    lost : float, default 0
+        The part of all frames that the kernel drops where they arrive, 0 to 1.
     offloads : bool, default True
         Whether the kernel may hand larger packets across than the cable carries, as it does between virtual
         cards. Real cables carry none.
@@ -45,10 +50,13 @@ class Cable:
     right_address = "10.78.0.2"
     interface = "cable0"
 
-    def __init__(self, mtu: int = 9000, gigabits: int | None = None, offloads: bool = True) -> None:
+    def __init__(
+        self, mtu: int = 9000, gigabits: int | None = None, offloads: bool = True, lost: float = 0.0
+    ) -> None:
         self._mtu = mtu
         self._gigabits = gigabits
         self._offloads = offloads
+        self._lost = lost
         self._stack = ExitStack()
         self._pids: dict[str, int] = {}
 
@@ -86,6 +94,10 @@ class Cable:
             if self._gigabits is not None:
                 shape = ["tbf", "rate", f"{self._gigabits}gbit", "burst", "128kb", "latency", "20ms"]
                 self._run(side, "tc", "qdisc", "add", "dev", self.interface, "root", *shape)
+            if self._lost:
+                self._run(side, "tc", "qdisc", "add", "dev", self.interface, "clsact")
+                chance = ["bpf", "direct-action", "bytecode", _dropping(self._lost)]
+                self._run(side, "tc", "filter", "add", "dev", self.interface, "ingress", *chance)
 
     def _run(self, side: str, tool: str, *words: str) -> None:
         if shutil.which(tool) is None and shutil.which(tool, path="/usr/sbin:/sbin") is None:
@@ -94,3 +106,13 @@ class Cable:
         done = subprocess.run(command, text=True, capture_output=True, timeout=_TIMEOUT_S)
         if done.returncode:
             raise BridgeError(f"{tool}: {done.stderr.strip()}")
+
+
+def _dropping(part: float) -> str:
+    """A classifier that drops at random, as `tc` wants it; netem, which is made for this, many kernels lack.
+
+    It loads a random word (at an offset of its own: linux/filter.h, SKF_AD_RANDOM) and returns, up to
+    the limit, TC_ACT_SHOT, else TC_ACT_UNSPEC.
+    """
+    limit = min(int(part * 2**32), 2**32 - 1)
+    return f"4,32 0 0 {2**32 - 0x1000 + 56},37 1 0 {limit},6 0 0 2,6 0 0 {2**32 - 1}"

@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from isthmus.bench.transports import Transport
 
-__all__ = ["BENCHES", "CLIENTS", "WAITS", "Case", "Settings", "cases_of", "groups_of", "parse_sizes"]
+__all__ = [
+    "BENCHES",
+    "CLIENTS",
+    "MX_BENCHES",
+    "WAITS",
+    "Case",
+    "Settings",
+    "cases_of",
+    "groups_of",
+    "parse_sizes",
+]
 
 BENCHES = ("pingpong", "stream", "pairs", "connect")
+#: What `isthmus bench mx` measures: also small messages with many under way, transfers beside work, lost
+#: frames, and many endpoints of one card.
+MX_BENCHES = ("pingpong", "stream", "rate", "overlap", "loss", "endpoints")
 #: Who drives: loops in Rust, the same with messages that stay in the rings, loops in Python, an event loop.
 CLIENTS = ("native", "in-place", "python", "asyncio")
 WAITS = ("spin", "adaptive", "block")
 
 KIB, MIB = 1 << 10, 1 << 20
 
+#: The same however long the run is.
+MX_SIZES: dict[str, tuple[int, ...]] = {
+    "rate": (64,),
+    "overlap": (MIB, 4 * MIB),
+    "loss": (MIB,),
+    "endpoints": (64 * KIB,),
+}
 #: Sizes that show where each transport bends, and the few that fit into a quick run.
 SIZES: dict[str, tuple[int, ...]] = {
     "pingpong": (1, 64, KIB, 4 * KIB),
     "stream": (4 * KIB, 64 * KIB, 512 * KIB, MIB, 4 * MIB),
     "pairs": (512 * KIB,),
+    **MX_SIZES,
 }
 QUICK_SIZES: dict[str, tuple[int, ...]] = {
     "pingpong": (64, 4 * KIB),
     "stream": (64 * KIB, 512 * KIB),
     "pairs": (512 * KIB,),
+    **MX_SIZES,
 }
 QUICKEST_SIZES: dict[str, tuple[int, ...]] = {
     "pingpong": (64,),
     "stream": (512 * KIB,),
     "pairs": (512 * KIB,),
+    **MX_SIZES,
 }
 
 #: Phases between guests are this much longer.
@@ -65,7 +88,9 @@ class Case:
         words = [self.bench, self.transport, self.path, self.client, self.wait]
         words += [
             None if self.size is None else f"{self.size} B",
-            f"{self.pairs} pairs" if self.pairs > 1 else None,
+            f"{self.pairs} {'endpoints' if self.bench == 'endpoints' else 'pairs'}"
+            if self.pairs > 1
+            else None,
         ]
         words += [
             None if self.data == "hot" else self.data,
@@ -92,6 +117,10 @@ class Settings:
     quick: bool = False
     #: Both ends are in guests.
     guests: bool = False
+    #: Paths that any case takes.
+    paths: frozenset[str | None] = frozenset()
+    #: Sizes by bench in the place of the usual ones.
+    usual: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     #: Several benches share the time of a quick run.
     benches: int = 1
 
@@ -103,9 +132,8 @@ class Settings:
     @property
     def usual_sizes(self) -> dict[str, tuple[int, ...]]:
         """Sizes by bench for those who named none."""
-        if not self.quick:
-            return SIZES
-        return QUICK_SIZES if self.benches == 1 else QUICKEST_SIZES
+        quick = QUICK_SIZES if self.benches == 1 else QUICKEST_SIZES
+        return {**(quick if self.quick else SIZES), **self.usual}
 
     @property
     def duration_s(self) -> float:
@@ -155,7 +183,7 @@ def cases_of(
     """
     cases: list[Case] = []
     for transport in transports:
-        for client, path in itertools.product(settings.clients or CLIENTS, transport.paths):
+        for client, path in itertools.product(settings.clients or CLIENTS, transport.paths_for(bench)):
             waits = settings.waits or transport.waits_for(bench, client)
             for shape, wait in itertools.product(_shapes(bench, settings), waits):
                 case = replace(shape, transport=transport.name, path=path, client=client, wait=wait)
@@ -193,6 +221,13 @@ def _shapes(bench: str, settings: Settings) -> Iterable[Case]:
         beside = (max(counts),) if settings.quick else (0, *counts)
         for bulk in beside:
             yield replace(blank, size=PACED_SIZE, beside=bulk, pinned=pinned[0])
+        return
+    if bench in ("overlap", "endpoints"):
+        # Who computes beside its own progress, or has many threads, needs more than one processor.
+        pinned = settings.pinned or (False,)
+        counts = (1,) if bench == "overlap" else settings.pairs or ((64,) if settings.quick else (1, 8, 64))
+        for size, pairs in itertools.product(sizes, counts):
+            yield replace(blank, size=size, pairs=pairs, pinned=pinned[0])
         return
     for size in sizes:
         for data, pages in itertools.product(settings.data or ("hot",), settings.pages or ("4k",)):

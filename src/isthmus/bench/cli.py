@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from isthmus.bench import machine, transports
-from isthmus.bench.cases import BENCHES, CLIENTS, WAITS, Settings, parse_sizes
+from isthmus.bench.cases import BENCHES, CLIENTS, MX_BENCHES, WAITS, Settings, parse_sizes
 from isthmus.bench.plots import write_plots
 from isthmus.bench.records import Record, records_as_json
 from isthmus.bench.runner import measure
@@ -275,13 +275,22 @@ def _programs(
 MX = ("isthmus", *transports.BETWEEN_NODES, "mpi4py", "ucx")
 
 
+#: Sizes of a ping and of a stream: a small message, one of the largest that is sent at once, a large one.
+MX_USUAL = dict.fromkeys(("pingpong", "stream"), (64, 64 << 10, 1 << 20))
+
+
 @bench_group.command("mx")
+@click.argument("names", nargs=-1, type=click.Choice(MX_BENCHES), metavar="[NAME]...")
 @_options
-def mx(**asked: Any) -> None:
-    """MX inside a node and over a cable between two, beside lanes, TCP over the same cable, MPI and UCX."""
+def mx(names: tuple[str, ...], **asked: Any) -> None:
+    """MX inside a node and over a cable between two, beside lanes, TCP over the same cable, MPI and UCX.
+
+    NAMES: pingpong, stream, rate (small messages, many under way), overlap (how much of a transfer happens
+    while a program computes), loss (a stream of which the cable loses 1 % of the frames), endpoints (up to 64
+    of one card at once). All by default.
+    """
     asked["transports"] = asked["transports"] or MX
-    asked["sizes"] = asked["sizes"] or (64, 64 << 10, 1 << 20)
-    _run(("pingpong", "stream"), **asked)
+    _run(names or MX_BENCHES, usual=MX_USUAL, **asked)
 
 
 _add("pingpong", ("pingpong",), "One-way latency: half a round trip, median and 99th percentile.")

@@ -11,10 +11,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["measure"]
+__all__ = ["measure", "memory_kib"]
 
 SILENCE_S = 10.0
 
@@ -62,13 +63,13 @@ def measure(count: int, silence_s: float = SILENCE_S) -> dict[str, Any]:
         with server, client:
             port, _ = _line(server), _line(client)
             parties = {"server": server.pid, "client": client.pid, "broker": broker.pid}
-            before = {name: _memory_kib(pid) for name, pid in parties.items()}
+            before = {name: memory_kib([pid]) for name, pid in parties.items()}
             _say(client, port)
             _say(server, "")
             for end in (client, server):
                 _line(end)
             time.sleep(0.5)
-            after = {name: _memory_kib(pid) for name, pid in parties.items()}
+            after = {name: memory_kib([pid]) for name, pid in parties.items()}
             cpu = sum(_cpu_s(pid) for pid in parties.values())
             time.sleep(silence_s)
             cpu = sum(_cpu_s(pid) for pid in parties.values()) - cpu
@@ -106,14 +107,17 @@ def _say(process: subprocess.Popen[str], line: str) -> None:
     process.stdin.flush()
 
 
-def _memory_kib(pid: int) -> int:
-    """Pages and page tables of a process, KiB."""
-    fields = {}
-    for name in ("smaps_rollup", "status"):
-        for line in Path(f"/proc/{pid}/{name}").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields[key] = value.split()
-    return int(fields["Pss"][0]) + int(fields["VmPTE"][0])
+def memory_kib(pids: Iterable[int]) -> int:
+    """Pages (proportional set size) and page tables of processes, KiB."""
+    total = 0
+    for pid in pids:
+        fields = {}
+        for name in ("smaps_rollup", "status"):
+            for line in Path(f"/proc/{pid}/{name}").read_text().splitlines():
+                key, _, value = line.partition(":")
+                fields[key] = value.split()
+        total += int(fields["Pss"][0]) + int(fields["VmPTE"][0])
+    return total
 
 
 def _cpu_s(pid: int) -> float:

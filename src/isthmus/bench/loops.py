@@ -10,18 +10,25 @@ import ctypes
 import mmap
 import select
 import socket
+import statistics
+import struct
 import time
-from typing import Protocol
+import zlib
+from collections import deque
+from typing import Any, Protocol
 
 from isthmus.bench.native import Report, report
 from isthmus.bench.transports import Job
 
-__all__ = ["Channel", "SocketChannel", "percentile_us", "play"]
+__all__ = ["Ahead", "Channel", "Posts", "SocketChannel", "overlap", "percentile_us", "play"]
 
 WARM, COUNTED, LAST = 1, 2, 3
 
 #: How long `adaptive` asks again before it sleeps; the same as in crates/bench.
 ADAPTIVE_SPIN_NS = 20_000
+
+#: Transfers of each phase of `overlap`, however long they take.
+OVERLAP_LEAST = 6
 
 #: Bytes between two looks at the clock.
 BURST_BYTES = 32 * 1024
@@ -37,6 +44,22 @@ class Channel(Protocol):
 
     def recv_into(self, message: bytearray, /) -> object:
         """Fill all of `message`."""
+
+
+class Posts(Channel, Protocol):
+    """What also takes a message now and says later that it is done with it."""
+
+    def isend(self, message: bytearray, /) -> Any:
+        """Begin to send; a handle."""
+
+    def irecv(self, message: bytearray, /) -> Any:
+        """Say where a message is to go; a handle."""
+
+    def wait(self, handle: Any, /) -> object:
+        """Wait for the end of what a handle stands for."""
+
+    def cancel(self, handle: Any, /) -> object:
+        """Take back what nothing was received into."""
 
 
 def play(job: Job, channel: Channel) -> Report:
@@ -195,6 +218,154 @@ def percentile_us(times_ns: list[int], part: float) -> float:
     """Return the time below which `part` (0 to 1) of all lie, in microseconds."""
     ranked = sorted(times_ns)
     return ranked[min(len(ranked) - 1, int(len(ranked) * part))] / 1e3
+
+
+class Ahead:
+    """A channel whose stream has many messages under way, each in a buffer of its own.
+
+    The receiver's are posted before it waits for the first. As `Ahead` of `bench_mx.rs`.
+    """
+
+    def __init__(self, posts: Posts, size: int, depth: int) -> None:
+        self._posts, self._size, self._depth = posts, size, depth
+        self._under_way: deque[tuple[Any, bytearray]] = deque()
+
+    def send(self, message: bytearray) -> None:
+        """Begin to send `message`, once there is room."""
+        if len(message) != self._size:
+            self._posts.send(message)
+            return
+        under_way = self._under_way
+        if len(under_way) < self._depth:
+            own = bytearray(message)
+        else:
+            handle, own = under_way.popleft()
+            self._posts.wait(handle)
+            own[:] = message
+        under_way.append((self._posts.isend(own), own))
+        if message[0] == LAST:
+            while under_way:
+                self._posts.wait(under_way.popleft()[0])
+
+    def recv_into(self, message: bytearray) -> None:
+        """Wait for the oldest, and post its buffer again."""
+        if len(message) != self._size:
+            self._posts.recv_into(message)
+            return
+        posts, under_way = self._posts, self._under_way
+        while len(under_way) < self._depth:
+            own = bytearray(self._size)
+            under_way.append((posts.irecv(own), own))
+        handle, own = under_way.popleft()
+        posts.wait(handle)
+        message[:] = own
+        if message[0] == LAST:
+            while under_way:
+                # Nothing will meet them.
+                posts.cancel(under_way.popleft()[0])
+        else:
+            under_way.append((posts.irecv(own), own))
+
+
+#: What a receiver of `overlap` asks its sender to do next.
+ALONE, RECEIVER, SENDER, END = 1, 2, 3, 4
+#: What is computed over and over: from the first level of the cache, so that it takes as long beside a
+#: transfer as alone.
+WORK = bytes(2048)
+
+
+def compute(rounds: int) -> None:
+    """Keep a processor busy and nothing else."""
+    for _ in range(rounds):
+        zlib.crc32(WORK)
+
+
+def timed(rounds: int) -> float:
+    """Seconds that so much work takes."""
+    started = time.perf_counter()
+    compute(rounds)
+    return time.perf_counter() - started
+
+
+def rounds_for(seconds: float) -> int:
+    """How often to compute for so long, by the fastest of a few tries."""
+    fastest = min(timed(200) for _ in range(10))
+    return max(1, round(seconds * 200 / fastest))
+
+
+def overlap(job: Job, posts: Posts) -> Report:
+    """Transfer with both ends idle, with the receiver computing, and with the sender computing.
+
+    Work is a number of rounds, those that take as long as a transfer; both are timed alone first. The
+    receiver asks for each message, so that both begin together; each end times what it waits for itself.
+    """
+    return {"client": overlap_sender, "server": overlap_receiver}[job.role](job, posts)
+
+
+def hidden(transfer_s: float, work_s: float, both_s: float) -> float:
+    """The part of the shorter that happened at the same time as the other."""
+    return min(1.0, max(0.0, (transfer_s + work_s - both_s) / min(transfer_s, work_s)))
+
+
+def overlap_sender(job: Job, posts: Posts) -> Report:
+    """Send whenever asked to, and say at the end what became of own work."""
+    message, word = buffer(job), bytearray(1)
+    times: dict[int, list[float]] = {ALONE: [], RECEIVER: [], SENDER: []}
+    rounds, work_s = 0, 0.0
+    posts.recv_into(word)
+    while (phase := word[0]) != END:
+        if phase == SENDER and not rounds:
+            rounds = rounds_for(statistics.median(times[ALONE]))
+            work_s = statistics.median(timed(rounds) for _ in range(5))
+        started = time.perf_counter()
+        handle = posts.isend(message)
+        if phase == SENDER:
+            compute(rounds)
+        posts.wait(handle)
+        times[phase].append(time.perf_counter() - started)
+        posts.recv_into(word)
+    found = hidden(statistics.median(times[ALONE]), work_s, statistics.median(times[SENDER]))
+    posts.send(bytearray(struct.pack("<d", found)))
+    return report(cpu_s=time.process_time())
+
+
+def overlap_receiver(job: Job, posts: Posts) -> Report:
+    """Ask for messages, phase after phase."""
+    message, cpu = buffer(job), time.process_time()
+    times: dict[int, list[float]] = {}
+    rounds, work_s, started_at = 0, 0.0, time.perf_counter()
+    for phase in (ALONE, RECEIVER, SENDER):
+        if phase == RECEIVER:
+            rounds = rounds_for(statistics.median(times[ALONE]))
+            work_s = statistics.median(timed(rounds) for _ in range(5))
+        # The first of a phase warms up; that of SENDER also lets the sender find out how much to compute.
+        times[phase] = []
+        until = time.perf_counter() + job.duration_s / 3
+        while len(times[phase]) < OVERLAP_LEAST or time.perf_counter() < until:
+            started = time.perf_counter()
+            handle = posts.irecv(message)
+            posts.send(bytearray([phase]))
+            if phase == RECEIVER:
+                compute(rounds)
+            posts.wait(handle)
+            times[phase].append(time.perf_counter() - started)
+        del times[phase][0]
+    posts.send(bytearray([END]))
+    of_sender = bytearray(8)
+    posts.recv_into(of_sender)
+    check(message)
+    count = sum(map(len, times.values()))
+    transfer_s, both_s = statistics.median(times[ALONE]), statistics.median(times[RECEIVER])
+    found = report(
+        p50_us=transfer_s * 1e6,
+        p99_us=percentile_us([int(each * 1e9) for each in times[ALONE]], 0.99),
+        count=count,
+        bytes=count * job.size,
+        seconds=time.perf_counter() - started_at,
+        cpu_s=time.process_time() - cpu,
+    )
+    found["overlap"] = (hidden(transfer_s, work_s, both_s), *struct.unpack("<d", of_sender))
+    return found
 
 
 class SocketChannel:

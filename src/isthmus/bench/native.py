@@ -6,10 +6,12 @@ Everything else asks :func:`missing` first, and gets a reason to print when the 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol, TypedDict, cast
 
 __all__ = ["PlanDict", "Report", "Ring", "cacheline", "connect_client", "connect_server", "memcpy", "missing"]
-__all__ += ["over_connection", "over_fd", "over_ring", "report", "ring", "ring_memory"]
+__all__ += ["over_connection", "over_fd", "over_mx", "over_mx_many", "over_ring", "report", "ring"]
+__all__ += ["ring_memory"]
 
 
 class PlanDict(TypedDict):
@@ -23,7 +25,7 @@ class PlanDict(TypedDict):
     data: str
 
 
-class Report(TypedDict):
+class _Report(TypedDict):
     """What one end found; see `Report` in crates/bench."""
 
     p50_us: float | None
@@ -33,6 +35,15 @@ class Report(TypedDict):
     seconds: float | None
     cpu_s: float
     total_bytes: int
+
+
+class Report(_Report, total=False):
+    """The same, with what only some loops find."""
+
+    #: See `Record.overlap`: of a receiver that computes, of a sender that does.
+    overlap: tuple[float, float]
+    #: Bytes a second of each of many endpoints.
+    rates: list[float]
 
 
 class Ring(Protocol):
@@ -95,6 +106,19 @@ def over_connection(
 def over_mx(endpoint: Any, peer: tuple[int, int], wait: str, part: str, plan: PlanDict, ahead: int) -> Report:
     """Play `part` between endpoints of MX, with so many messages of a stream under way."""
     return cast(Report, _native().bench_mx(endpoint, peer, wait, part, plan, ahead))
+
+
+def over_mx_many(
+    endpoints: Sequence[Any],
+    peers: Sequence[tuple[int, int]],
+    wait: str,
+    part: str,
+    plan: PlanDict,
+    ahead: int,
+) -> list[Report]:
+    """The same at many endpoints at once, each in a thread of its own."""
+    reports = _native().bench_mx_many(endpoints, peers, wait, part, plan, ahead)
+    return cast("list[Report]", reports)
 
 
 def over_ring(fd: int, wait: str, part: str, plan: PlanDict, *, left: bool, streaming: bool) -> Report:

@@ -97,6 +97,34 @@ def write_plots(records: Sequence[Record], directory: Path) -> list[Path]:
         written += _plot(
             stream, directory, f"throughput{tail}", "Throughput" + note, "GB/s", _size, _gbytes, log=False
         )
+        rate = [record for record in mine if record.bench == "rate" and record.per_second]
+        loss = [record for record in mine if record.bench == "loss" and record.gbytes_per_s]
+        written += _plot(
+            rate,
+            directory,
+            f"rate{tail}",
+            "Many messages under way" + note,
+            "messages/s",
+            _size,
+            _per_second,
+            log=True,
+        )
+        written += _plot(
+            loss,
+            directory,
+            f"loss{tail}",
+            "Throughput with lost frames" + note,
+            "GB/s",
+            _size,
+            _gbytes,
+            log=False,
+        )
+    overlap = [record for record in usual if record.overlap is not None]
+    title = "Overlap of a transfer with work, the lesser of both ends"
+    written += _plot(overlap, directory, "overlap", title, "part", _size, _overlap, log=False)
+    endpoints = [record for record in usual if record.bench == "endpoints"]
+    title = "Endpoints of one card: all together"
+    written += _plot(endpoints, directory, "endpoints", title, "GB/s", _pairs, _gbytes, log=False)
     for pinned, word in ((True, "pinned"), (False, "unpinned")):
         pairs = [record for record in usual if record.bench == "pairs" and record.pinned is pinned]
         title = f"Pairs at the same time, {word}: all together"
@@ -118,6 +146,14 @@ def _p50(record: Record) -> float:
 
 def _gbytes(record: Record) -> float:
     return record.gbytes_per_s or 0.0
+
+
+def _per_second(record: Record) -> float:
+    return record.per_second or 0.0
+
+
+def _overlap(record: Record) -> float:
+    return record.overlap or 0.0
 
 
 def _plot(

@@ -18,7 +18,7 @@ class Record:
     Attributes
     ----------
     bench : str
-        ``pingpong``, ``stream``, ``pairs`` or ``connect``.
+        ``pingpong``, ``stream``, ``pairs``, ``connect``, ``rate``, ``overlap``, ``loss`` or ``endpoints``.
     transport : str
         What carried the bytes; ``memcpy`` and ``cacheline`` are limits and carry none.
     path : str or None
@@ -30,7 +30,7 @@ class Record:
     size : int or None, bytes
         Of one message; None where messages are not the point.
     pairs : int
-        Pairs of processes that measured at the same time.
+        Pairs of processes, or of endpoints, that measured at the same time.
     data, pages : str
         ``hot`` or ``cold`` data; ``4k`` or ``huge`` pages under the application's buffers.
     pinned : bool
@@ -38,13 +38,16 @@ class Record:
     beside : int or None
         Pairs streaming in bulk beside a paced ping; None when nothing ran beside.
     p50_us, p99_us : float or None, microseconds
-        One way: half a round trip.
+        One way: half a round trip. Of `overlap`: a transfer beside no work.
     gbytes_per_s : float or None, 1e9 bytes per second
         Payload that ended in the receivers' private buffers, all pairs together.
     per_second : float or None
         Messages (stream), round trips (pingpong) or connections (connect) per second.
     cpu_s_per_gb : float or None, seconds per 1e9 bytes
         CPU time of every process involved, mediators included.
+    overlap : float or None, 0 to 1
+        The part of a transfer, or of the work if that is shorter, that happened at the same time as the
+        other; the lesser of a receiver's that computes and a sender's (both are in `detail`).
     runs : int
         How many runs the medians are over.
     spread : float or None
@@ -73,6 +76,7 @@ class Record:
     gbytes_per_s: float | None
     per_second: float | None
     cpu_s_per_gb: float | None
+    overlap: float | None
     runs: int
     spread: float | None
     detail: dict[str, Any] = field(default_factory=dict)

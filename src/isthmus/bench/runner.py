@@ -7,6 +7,7 @@ report.
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +39,10 @@ PROCESS_S = 0.05
 #: A paced ping needs this many times a bulk run's length: it sends 3000 a second where a bulk run sends
 #: millions.
 PACED_STRETCH = 4
+#: So do these: a loss is rare, many endpoints share what one has elsewhere, and overlap is three loops.
+STRETCH = {"loss": 4, "endpoints": 8, "overlap": 3}
+#: The loop that a bench plays, where it is not called the same.
+LOADS = {"pairs": "stream", "rate": "stream", "loss": "stream", "endpoints": "stream"}
 
 
 @dataclass
@@ -53,11 +58,14 @@ class Run:
     #: What a cache line took from core to core just before; None without the native loops.
     line_us: float | None
     detail: dict[str, Any]
+    #: What the senders of a stream sent, the last message included; 0 where the ends do not say.
+    sent_bytes: int = 0
 
     @property
     def uneven(self) -> float | None:
         """How far the pair that is furthest from the mean is from it, as a part of it; None for one pair."""
         rates = [report["bytes"] / report["seconds"] for report in self.figures if report["seconds"]]
+        rates = [rate for report in self.figures for rate in report.get("rates", ())] or rates
         mean = sum(rates) / len(rates) if len(rates) > 1 else 0.0
         return max(abs(rate - mean) for rate in rates) / mean if mean else None
 
@@ -106,7 +114,7 @@ class Runner:
         """Guess how long one run of each of these cases takes; only their proportions matter."""
         phases_s = self.settings.warmup_s + self.settings.duration_s
         return sum(
-            phases_s * (PACED_STRETCH if case.beside is not None else 1)
+            phases_s * (PACED_STRETCH if case.beside is not None else STRETCH.get(case.bench, 1))
             + PROCESS_S * (case.pairs + (case.beside or 0))
             + self.transports[case.transport].start_s
             for case in cases
@@ -144,7 +152,9 @@ class Runner:
         """Give every process of a run its worker and its job."""
         transport, setup = self.transports[case.transport], self.setups[case.transport]
         bulk = replace(case, size=SIZES["pairs"][0], beside=None)
-        plays = [(case, True)] * case.pairs + [(bulk, False)] * (case.beside or 0)
+        # Many endpoints are one process on each side.
+        pairs = 1 if case.bench == "endpoints" else case.pairs
+        plays = [(case, True)] * pairs + [(bulk, False)] * (case.beside or 0)
         seats = []
         for pair, (played, counts) in enumerate(plays):
             place = os.path.join(directory, str(pair))
@@ -156,8 +166,8 @@ class Runner:
         return seats
 
     def _job(self, case: Case, role: str, pair: int, place: str, setup: Setup, *, paced: bool) -> Job:
-        duration_s, gap_s = self.settings.duration_s, 0.0
-        load = "stream" if case.bench == "pairs" else case.bench
+        duration_s, gap_s = self.settings.duration_s * STRETCH.get(case.bench, 1), 0.0
+        load = LOADS.get(case.bench, case.bench)
         if paced:
             duration_s *= PACED_STRETCH
             if case.beside is not None:
@@ -226,6 +236,7 @@ class Runner:
             foreign_load=max(0.0, busy - cpu_s) / (wall * machine.cpu_count()),
             line_us=line_us,
             detail=detail,
+            sent_bytes=sum(report["bytes"] for _, report in reports if report["seconds"] is None),
         )
 
     def _mediated(self, setup: Setup) -> float:
@@ -268,18 +279,28 @@ def record_of(case: Case, runs: Sequence[Run], described: dict[str, Any]) -> Rec
         ]
 
     # A limit carries no messages, yet memcpy has a rate and a cache line a time.
-    timed = case.bench == "pingpong" or case.beside is not None
+    timed = case.bench in ("pingpong", "overlap") or case.beside is not None
     p50 = [value for run in runs for report in run.figures if (value := report["p50_us"]) is not None]
     p99 = [value for run in runs for report in run.figures if (value := report["p99_us"]) is not None]
-    bulk = case.bench in ("stream", "pairs") and not timed
+    bulk = case.bench in ("stream", "pairs", "rate", "loss", "endpoints") and not timed
     gbytes = [value / 1e9 for value in rate("bytes")] if bulk else []
     per_second = rate("count") if case.beside is None else []
     cpu = [run.cpu_s / (run.total_bytes / 1e9) for run in runs if bulk and run.total_bytes]
-    main = gbytes or p50 or per_second
+    overlaps = [found for run in runs for report in run.figures if (found := report.get("overlap"))]
+    overlap = [statistics.median(found[end] for found in overlaps) for end in (0, 1)] if overlaps else []
+    main = [min(found) for found in overlaps] or (
+        per_second if case.bench == "rate" else gbytes or p50 or per_second
+    )
     detail: dict[str, Any] = {"values": main, "foreign_load": median(run.foreign_load for run in runs)}
     detail["line_us"] = [run.line_us for run in runs]
-    if case.bench == "pairs" and not timed:
+    if case.bench in ("pairs", "endpoints") and not timed:
         detail["uneven"] = median(uneven for run in runs if (uneven := run.uneven) is not None)
+    if case.bench == "loss":
+        # The first counted message starts the clock of the receiver, who counts it nowhere.
+        sent = sum(run.sent_bytes for run in runs)
+        detail["delivered"] = sum(run.total_bytes + (case.size or 0) for run in runs) / sent if sent else None
+    if overlap:
+        detail["overlap_receiver"], detail["overlap_sender"] = overlap
     for run in runs:
         detail.update(run.detail)
     return Record(
@@ -299,6 +320,7 @@ def record_of(case: Case, runs: Sequence[Run], described: dict[str, Any]) -> Rec
         gbytes_per_s=median(gbytes),
         per_second=median(per_second),
         cpu_s_per_gb=median(cpu),
+        overlap=min(overlap) if overlap else None,
         runs=len(runs),
         spread=spread(main),
         detail=detail,
@@ -346,6 +368,7 @@ def measure(
         for bench in benches
         for case in cases_of(bench, settings, list(present.values()), lambda line: tell(f"left out: {line}"))
     ]
+    settings = replace(settings, paths=frozenset(case.path for case in cases))
     groups = groups_of(cases)
     records: list[Record] = []
     with ExitStack() as stack:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.bench.cable import LOST
 from isthmus.bench.calm import ONE_CORE_US
 from isthmus.bench.cases import CLIENTS
 from isthmus.bench.records import Record
@@ -35,6 +36,10 @@ def print_tables(records: Sequence[Record], console: Console) -> None:
         ("pairs", lambda record: record.bench == "pairs" and record.beside is None, _pairs),
         ("beside", lambda record: record.beside is not None, _beside),
         ("connect", lambda record: record.bench == "connect", _connects),
+        ("rate", lambda record: record.bench == "rate", _rates),
+        ("overlap", lambda record: record.bench == "overlap", _overlaps),
+        ("loss", lambda record: record.bench == "loss", _losses),
+        ("endpoints", lambda record: record.bench == "endpoints", _endpoints),
     ]
     for _, wanted, build in tables:
         chosen = [record for record in records if wanted(record)]
@@ -163,6 +168,10 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+def _tenths(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for heading in texts:
@@ -278,6 +287,100 @@ def _connects(records: Sequence[Record]) -> Table:
             record.wait,
             _number(record.per_second),
             _times(ratio(record, records, "per_second")),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table
+
+
+def _rates(records: Sequence[Record]) -> Table:
+    headings = ["messages/s", "CPU µs each", "runs", "spread"]
+    title = "Small messages, many under way"
+    table = _table(title, ["size", "transport", "client", "wait"], headings)
+    for record in _by_size(records):
+        each = record.cpu_s_per_gb and record.cpu_s_per_gb * (record.size or 0) / 1e3
+        table.add_row(
+            size_word(record.size),
+            record.name,
+            record.client,
+            record.wait,
+            _number(record.per_second),
+            _number(each),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table
+
+
+def _overlaps(records: Sequence[Record]) -> Table:
+    headings = ["transfer µs", "receiver computes", "sender computes", "runs"]
+    title = "Overlap: the part of a transfer that happens while one end computes as long as it takes"
+    table = _table(title, ["size", "transport", "client", "wait", ""], headings)
+    for record in _by_size(records):
+        table.add_row(
+            size_word(record.size),
+            record.name,
+            record.client,
+            record.wait,
+            _conditions(record),
+            _number(record.p50_us),
+            _percent(record.detail["overlap_receiver"]),
+            _percent(record.detail["overlap_sender"]),
+            str(record.runs),
+        )
+    return table
+
+
+#: What the names of those have that lose frames on purpose.
+_LOSSY = "-lossy"
+
+
+def _losses(records: Sequence[Record]) -> Table:
+    headings = ["GB/s", "of lossless", "frames lost", "delivered", "CPU s/GB", "runs", "spread"]
+    title = f"Throughput over a cable; {LOST:.0%} of the frames are lost where it says lossy"
+    table = _table(title, ["size", "transport", "client", "wait"], headings)
+    for record in _by_size(records):
+        lossless = [
+            other.gbytes_per_s
+            for other in records
+            if _situation(other) == _situation(record)
+            and (other.wait, other.name + _LOSSY) == (record.wait, record.name)
+            and other.gbytes_per_s
+        ]
+        table.add_row(
+            size_word(record.size),
+            record.name,
+            record.client,
+            record.wait,
+            _number(record.gbytes_per_s),
+            _percent((record.gbytes_per_s or 0) / lossless[0]) if lossless else "",
+            _tenths(record.detail.get("frames_lost")),
+            _percent(record.detail["delivered"]),
+            _number(record.cpu_s_per_gb),
+            str(record.runs),
+            _percent(record.spread),
+        )
+    return table
+
+
+def _endpoints(records: Sequence[Record]) -> Table:
+    headings = ["GB/s", "uneven", "frames lost", "idle KiB", "CPU s/GB", "runs", "spread"]
+    title = (
+        "Endpoints of one card, each streaming to its own peer, all together;\n"
+        "uneven: the furthest from the mean; idle: memory of one, its share of program and card"
+    )
+    table = _table(title, ["endpoints", "size", "transport", "wait"], headings)
+    for record in sorted(records, key=lambda record: (record.size or 0, record.pairs)):
+        table.add_row(
+            str(record.pairs),
+            size_word(record.size),
+            record.name,
+            record.wait,
+            _number(record.gbytes_per_s),
+            _percent(record.detail.get("uneven")),
+            _tenths(record.detail.get("frames_lost")),
+            _number(record.detail.get("idle_endpoint_kib")),
+            _number(record.cpu_s_per_gb),
             str(record.runs),
             _percent(record.spread),
         )

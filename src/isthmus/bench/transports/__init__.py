@@ -47,6 +47,7 @@ NAMES: dict[str, str] = {
     "tcp-bridge": "tcp_bridge",
     "tcp-cable": "tcp_cable",
     "tcp-cable-10G": "tcp_cable:LIMITED",
+    "tcp-cable-lossy": "tcp_cable:LOSSY",
     "vsock": "vsock",
     "unix": "unix",
     "mapped-ring": "mapped_ring",
@@ -59,7 +60,7 @@ NAMES: dict[str, str] = {
 }
 
 #: What `isthmus bench mx` measures, and no other unless it is named.
-BETWEEN_NODES = ("mx", "tcp-cable", "tcp-cable-10G")
+BETWEEN_NODES = ("mx", "tcp-cable", "tcp-cable-10G", "tcp-cable-lossy")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Job:
     role : str
         ``server``, ``client`` or ``alone``.
     load : str
-        The loop to play: ``pingpong``, ``stream`` or ``connect``. A case of `pairs` plays one of the first
-        two.
+        The loop to play: ``pingpong``, ``stream``, ``overlap`` or ``connect``. Most others play one of the
+        first two.
     size : int, bytes
         Of a message; 1 where messages are not the point.
     cpus : list of int
@@ -174,6 +175,10 @@ class Transport:
         """Return why it cannot be measured on this machine, or None."""
         return None
 
+    def paths_for(self, bench: str) -> tuple[str | None, ...]:
+        """Return the paths that this bench is about."""
+        return self.paths
+
     def waits_for(self, bench: str, client: str) -> tuple[str, ...]:
         """Return the waits to measure when the user named none."""
         if client == "asyncio":
@@ -199,6 +204,8 @@ class Transport:
                 return "an event loop sleeps in epoll: its wait is block"
         elif case.wait not in self.waits:
             return f"{self.name} waits {' or '.join(self.waits)}"
+        if case.bench == "overlap" and case.client != "python":
+            return "a transfer takes long enough for Python to measure"
         if case.client == "in-place" and case.bench != "stream":
             return "messages that stay in the rings are measured as a stream alone"
         if case.client != "native" and case.data != "hot":

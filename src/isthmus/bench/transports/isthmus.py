@@ -41,10 +41,12 @@ class TRANSPORT(Transport):
     name = "isthmus"
     paths = ("sealed", "put")
     clients = ("native", "in-place", "python", "asyncio")
+    benches = ("pingpong", "stream", "pairs", "connect", "rate")
     usual_waits: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "pingpong": ("spin", "adaptive", "block"),
         "stream": ("spin", "adaptive"),
         "pairs": ("adaptive",),
+        "rate": ("spin", "adaptive"),
         "connect": ("block",),
     }
 

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import ClassVar
 
-from isthmus import errors, mx
+from isthmus import attach, errors, mx
 from isthmus.bench import loops, native
 from isthmus.bench.bridge import BridgeError
-from isthmus.bench.cable import Cable
-from isthmus.bench.cases import Settings
+from isthmus.bench.cable import LOST, Cable
+from isthmus.bench.cases import MX_BENCHES, Case, Settings
+from isthmus.bench.idle import memory_kib
 from isthmus.bench.native import Report
 from isthmus.bench.transports import Job, Setup, Transport
 from isthmus.bench.worker import Control
+from isthmus.card import Card
 
 __all__ = ["TRANSPORT"]
 
 LIMIT_S = 10.0
 #: Messages of a stream that are under way at a time over a cable.
 AHEAD = 4
-#: Paths and the Gbit/s of their cables.
-CABLES: dict[str, int | None] = {"wire": None, "wire-10G": 10}
+#: Small messages that are under way at a time.
+MANY = 32
+#: Messages of each of many endpoints that are under way at a time.
+EACH_AHEAD = 2
+#: Paths and their cables.
+CABLES: dict[str, Callable[[], Cable]] = {
+    "wire": Cable,
+    "wire-10G": lambda: Cable(gigabits=10),
+    "wire-lossy": lambda: Cable(lost=LOST),
+}
+PATHS = {
+    "pingpong": ("sealed", "wire", "wire-10G"),
+    "stream": ("sealed", "wire", "wire-10G"),
+    "rate": ("sealed", "wire"),
+    "overlap": ("sealed", "wire"),
+    "loss": ("wire", "wire-lossy"),
+    "endpoints": ("wire",),
+}
 KEY = 0x15
+#: Time in which what was opened finds its rest, before its memory is looked at.
+REST_S = 0.3
+#: Time in which the last frames arrive.
+SETTLE_S = 0.05
 
 
 class TRANSPORT(Transport):
@@ -34,11 +57,25 @@ class TRANSPORT(Transport):
     name = "mx"
     paths = ("sealed", *CABLES)
     clients = ("native", "python")
-    benches = ("pingpong", "stream")
+    benches = MX_BENCHES
     usual_waits: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "pingpong": ("spin", "adaptive", "block"),
         "stream": ("spin", "adaptive"),
+        "rate": ("spin", "adaptive"),
+        "overlap": ("adaptive",),
+        "loss": ("adaptive",),
+        "endpoints": ("adaptive",),
     }
+
+    def paths_for(self, bench: str) -> tuple[str | None, ...]:
+        """Most benches need not every cable."""
+        return PATHS.get(bench, ())
+
+    def refuses(self, case: Case) -> str | None:
+        """Some need threads of their own."""
+        if case.bench == "endpoints" and case.client == "python":
+            return "many endpoints at once are measured with the native client"
+        return super().refuses(case)
 
     def missing(self) -> str | None:
         """A card takes root and a cable."""
@@ -55,19 +92,34 @@ class TRANSPORT(Transport):
         broker = stack.enter_context(PrivateBroker(("left", "right")))
         doors = {"sealed": {"left": broker.door("left"), "right": broker.door("right")}}
         mediators = [broker.pid]
-        for path, gigabits in CABLES.items():
-            cable = stack.enter_context(Cable(gigabits=gigabits))
+        cards: list[int] = []
+        detail: dict[str, str] = {}
+        for path, lay in CABLES.items():
+            if path not in settings.paths:
+                continue
+            options: tuple[str, ...] = ()
+            try:
+                cable = stack.enter_context(lay())
+            except BridgeError:
+                if path != "wire-lossy":
+                    raise
+                # This kernel drops nothing on demand; the cards do.
+                cable, options = stack.enter_context(Cable()), ("--lose", str(round(LOST * 1e6)))
+            if path == "wire-lossy":
+                detail["frames_lost_by"] = "card" if options else "cable"
             doors[path] = {}
             for side in ("left", "right"):
                 node = stack.enter_context(PrivateBroker((side, "card")))
                 doors[path][side] = node.door(side)
-                mediators += [node.pid, start_card(stack, cable, side, node.door("card"))]
-        return Setup(
-            options={role: {"doors": doors} for role in ("server", "client")}, mediators=tuple(mediators)
-        )
+                cards.append(start_card(stack, cable, side, node.door("card"), *options))
+                mediators += [node.pid, cards[-1]]
+        ends = {role: {"doors": doors, "cards": cards} for role in ("server", "client")}
+        return Setup(options=ends, mediators=tuple(mediators), detail=detail)
 
     def server(self, job: Job, control: Control) -> Report:
         """Wait for whoever connects."""
+        if job.case.bench == "endpoints":
+            return serve_many(job, control)
         with endpoint(job, "right") as own:
             control.ready([own.nic, own.id])
             mark = own.irecv(KEY, None).wait(LIMIT_S)
@@ -77,12 +129,17 @@ class TRANSPORT(Transport):
 
     def client(self, job: Job, control: Control) -> Report:
         """Connect, and say so."""
+        if job.case.bench == "endpoints":
+            return stream_many(job, control)
         nic, number = control.address()
         with endpoint(job, "left") as own:
             peer = connect(own, nic, number)
             control.go()
             own.isend(peer, KEY, None).wait(LIMIT_S)
-            return play(job, own, peer)
+            if job.case.bench != "loss":
+                return play(job, own, peer)
+            with frames_lost(job, control):
+                return play(job, own, peer)
 
 
 def start_card(stack: ExitStack, cable: Cable, side: str, door: str, *options: str) -> int:
@@ -104,8 +161,6 @@ def start_card(stack: ExitStack, cable: Cable, side: str, door: str, *options: s
 
 def endpoint(job: Job, side: str) -> mx.Endpoint:
     """Open an endpoint of one side of this path."""
-    from isthmus import attach
-
     path = job.case.path or "sealed"
     return mx.Endpoint(
         key=KEY,
@@ -127,14 +182,91 @@ def connect(own: mx.Endpoint, nic: int, number: int) -> mx.Peer:
 
 def play(job: Job, own: mx.Endpoint, peer: mx.Peer) -> Report:
     """Play the job's part with a peer."""
+    channel = Channel(own, peer)
+    if job.load == "overlap":
+        return loops.overlap(job, channel)
     if job.case.client == "native":
         ahead = AHEAD if job.case.path != "sealed" and job.load == "stream" else 0
+        ahead = MANY if job.case.bench == "rate" else ahead
         return native.over_mx(own._native, peer._words, job.case.wait, job.part, job.plan(), ahead)
-    return loops.play(job, Channel(own, peer))
+    if job.case.bench == "rate":
+        return loops.play(job, loops.Ahead(channel, job.size, MANY))
+    return loops.play(job, channel)
+
+
+def serve_many(job: Job, control: Control) -> Report:
+    """Receive at many endpoints at once, each from a peer of its own."""
+    before = memory_kib([os.getpid(), *job.options["cards"]])
+    with ExitStack() as stack:
+        ends = [stack.enter_context(endpoint(job, "right")) for _ in range(job.case.pairs)]
+        control.ready(
+            {"nic": ends[0].nic, "ids": [end.id for end in ends], "pid": os.getpid(), "kib": before}
+        )
+        peers = []
+        for end in ends:
+            mark = end.irecv(KEY, None).wait(LIMIT_S)
+            if mark is None or mark.peer is None:
+                raise TimeoutError("nobody came")
+            peers.append(mark.peer)
+        return play_many(job, ends, peers)
+
+
+def stream_many(job: Job, control: Control) -> Report:
+    """Stream from many endpoints at once, each to a peer of its own, once their memory is known."""
+    server = control.address()
+    own = memory_kib([os.getpid()])
+    with ExitStack() as stack:
+        ends = [stack.enter_context(endpoint(job, "left")) for _ in range(job.case.pairs)]
+        peers = [connect(end, server["nic"], number) for end, number in zip(ends, server["ids"], strict=True)]
+        time.sleep(REST_S)
+        grown = memory_kib([os.getpid(), server["pid"], *job.options["cards"]]) - own - server["kib"]
+        # There are two of each: programs, cards and endpoints of a pair.
+        control.detail["idle_endpoint_kib"] = round(grown / (2 * job.case.pairs), 1)
+        control.go()
+        for end, peer in zip(ends, peers, strict=True):
+            end.isend(peer, KEY, None).wait(LIMIT_S)
+        with frames_lost(job, control):
+            return play_many(job, ends, peers)
+
+
+@contextmanager
+def frames_lost(job: Job, control: Control) -> Iterator[None]:
+    """Ask both cards what they sent for these domains meanwhile, and what arrived."""
+    doors = job.options["doors"][job.case.path]
+    with Card(attach(doors["left"])) as left, Card(attach(doors["right"])) as right:
+
+        def told() -> tuple[int, int]:
+            both = left.counters(), right.counters()
+            # Those that a card drops on purpose it does not send.
+            sent = sum(each["sent_frames"] + each["faults"] for each in both)
+            return sent, sum(each["received_frames"] for each in both)
+
+        before = told()
+        yield
+        time.sleep(SETTLE_S)
+        sent, arrived = (now - then for now, then in zip(told(), before, strict=True))
+        control.detail["frames_lost"] = round(1 - arrived / sent, 4)
+
+
+def play_many(job: Job, ends: list[mx.Endpoint], peers: list[mx.Peer]) -> Report:
+    """Play the job's part at all of them, and add up."""
+    cpu_s = time.process_time()
+    natives, words = [end._native for end in ends], [peer._words for peer in peers]
+    each = native.over_mx_many(natives, words, job.case.wait, job.part, job.plan(), EACH_AHEAD)
+    seconds = [found["seconds"] for found in each if found["seconds"]]
+    total = native.report(
+        count=sum(found["count"] for found in each),
+        bytes=sum(found["bytes"] for found in each),
+        seconds=max(seconds, default=None),
+        cpu_s=time.process_time() - cpu_s,
+        total_bytes=sum(found["total_bytes"] for found in each),
+    )
+    total["rates"] = [found["bytes"] / found["seconds"] for found in each if found["seconds"]]
+    return total
 
 
 class Channel:
-    """Whole messages, one at a time."""
+    """Whole messages, one at a time or several."""
 
     def __init__(self, own: mx.Endpoint, peer: mx.Peer) -> None:
         self._own, self._peer = own, peer
@@ -146,3 +278,19 @@ class Channel:
     def recv_into(self, message: bytearray) -> None:
         """Fill all of `message`."""
         self._own.irecv(KEY, message).wait()
+
+    def isend(self, message: bytearray) -> mx.Request:
+        """Begin to send."""
+        return self._own.isend(self._peer, KEY, message)
+
+    def irecv(self, message: bytearray) -> mx.Request:
+        """Post a receive."""
+        return self._own.irecv(KEY, message)
+
+    def wait(self, request: mx.Request) -> None:
+        """Wait for it."""
+        request.wait()
+
+    def cancel(self, request: mx.Request) -> None:
+        """Take a receive back."""
+        request.cancel()

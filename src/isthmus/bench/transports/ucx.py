@@ -29,7 +29,7 @@ class TRANSPORT(Transport):
 
     name = "ucx"
     clients = ("native",)
-    benches = ("pingpong", "stream")
+    benches = ("pingpong", "stream", "rate")
     waits = ("spin",)
     start_s = 0.3
 
