@@ -21,6 +21,7 @@ class PlanDict(TypedDict):
     gap_s: float
     pages: str
     data: str
+    windows: bool
 
 
 class Report(TypedDict):

@@ -59,6 +59,8 @@ NAMES: dict[str, str] = {
 }
 
 #: What `isthmus bench mx` measures, and no other unless it is named.
+#: The path of messages that are sent from windows.
+WINDOW = "window"
 BETWEEN_NODES = ("mx", "tcp-cable", "tcp-cable-10G")
 
 
@@ -117,6 +119,7 @@ class Job:
             gap_s=self.gap_s,
             pages=self.case.pages,
             data=self.case.data,
+            windows=self.case.path == WINDOW,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from isthmus.bench.bridge import BridgeError
 from isthmus.bench.cable import Cable
 from isthmus.bench.cases import Settings
 from isthmus.bench.native import Report
-from isthmus.bench.transports import Job, Setup, Transport
+from isthmus.bench.transports import WINDOW, Job, Setup, Transport
 from isthmus.bench.worker import Control
 
 __all__ = ["TRANSPORT"]
@@ -26,13 +26,15 @@ AHEAD = 4
 #: Paths and the Gbit/s of their cables.
 CABLES: dict[str, int | None] = {"wire": None, "wire-10G": 10}
 KEY = 0x15
+#: Paths inside a node.
+INSIDE = ("sealed", WINDOW)
 
 
 class TRANSPORT(Transport):
     """Two endpoints: of two domains of a node, or of two nodes."""
 
     name = "mx"
-    paths = ("sealed", *CABLES)
+    paths = (*INSIDE, *CABLES)
     clients = ("native", "python")
     benches = ("pingpong", "stream")
     usual_waits: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -53,7 +55,7 @@ class TRANSPORT(Transport):
         from isthmus.testing import PrivateBroker
 
         broker = stack.enter_context(PrivateBroker(("left", "right")))
-        doors = {"sealed": {"left": broker.door("left"), "right": broker.door("right")}}
+        doors = {path: {"left": broker.door("left"), "right": broker.door("right")} for path in INSIDE}
         mediators = [broker.pid]
         for path, gigabits in CABLES.items():
             cable = stack.enter_context(Cable(gigabits=gigabits))
@@ -109,7 +111,7 @@ def endpoint(job: Job, side: str) -> mx.Endpoint:
     path = job.case.path or "sealed"
     return mx.Endpoint(
         key=KEY,
-        wire=path != "sealed",
+        wire=path not in INSIDE,
         spin=job.case.wait == "spin",
         node=attach(job.options["doors"][path][side]),
     )
@@ -128,7 +130,7 @@ def connect(own: mx.Endpoint, nic: int, number: int) -> mx.Peer:
 def play(job: Job, own: mx.Endpoint, peer: mx.Peer) -> Report:
     """Play the job's part with a peer."""
     if job.case.client == "native":
-        ahead = AHEAD if job.case.path != "sealed" and job.load == "stream" else 0
+        ahead = AHEAD if job.case.path not in INSIDE and job.load == "stream" else 0
         return native.over_mx(own._native, peer._words, job.case.wait, job.part, job.plan(), ahead)
     return loops.play(job, Channel(own, peer))
 
