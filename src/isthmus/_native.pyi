@@ -238,6 +238,7 @@ class MxEndpoint:
 @final
 class Connection:
     wait: int
+    def lend(self, window: MxWindow) -> int | None: ...
     @property
     def totals(self) -> tuple[int, int, int, int]: ...
     @property

@@ -440,8 +440,8 @@ class Endpoint:
 def buffer(size: int) -> memoryview:
     """Memory from which long messages reach peers of this node with one copy instead of two.
 
-    Like a `bytearray` for all other purposes. Peers to whom something of it is sent may read all of it, at any
-    time: keep nothing else there.
+    Like a `bytearray` for all other purposes. Peers to whom something of it is sent may read all of it, at
+    any time: keep nothing else there. Children of `os.fork` share it.
 
     Parameters
     ----------

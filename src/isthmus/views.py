@@ -155,7 +155,7 @@ class SendView:
             self._own = bytearray(self._size)
             self._view = memoryview(self._own)
         else:
-            self._view = _view(address, self._size, self._connection)
+            self._view = view_of(address, self._size, self._connection)
         return self._view
 
     def send(self) -> None:

@@ -65,7 +65,15 @@ pub struct Plan {
 impl Plan {
     /// Hot data on ordinary pages, no pause.
     pub fn new(size: usize, warmup: Duration, duration: Duration) -> Self {
-        Self { size, warmup, duration, gap: Duration::ZERO, pages: Pages::Small, data: Data::Hot, windows: false }
+        Self {
+            size,
+            warmup,
+            duration,
+            gap: Duration::ZERO,
+            pages: Pages::Small,
+            data: Data::Hot,
+            windows: false,
+        }
     }
 
     /// Pages of what is sent.

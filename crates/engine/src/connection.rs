@@ -18,8 +18,8 @@ use crate::lane::{AnyStore, Ends};
 use crate::lock;
 use crate::node::{Attachment, Node};
 use crate::readiness::Readiness;
-use crate::window::Windows;
 use crate::wait::{How, Place, spin};
+use crate::window::Windows;
 
 /// What the broker said when it made the connection.
 #[derive(Clone, Debug)]
@@ -206,6 +206,16 @@ impl Connection {
 
     pub(crate) fn counters_fd(&self) -> Option<BorrowedFd<'_>> {
         self.counters_fd.as_ref().map(std::os::fd::AsFd::as_fd)
+    }
+
+    /// Count bytes that did not go through the rings.
+    pub(crate) fn count(&self, sent: u64, received: u64) {
+        if sent > 0 {
+            lock(&self.tx).tx.count(sent);
+        }
+        if received > 0 {
+            lock(&self.rx).rx.count(received);
+        }
     }
 
     pub(crate) fn windows(&self) -> &Windows {

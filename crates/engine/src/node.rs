@@ -247,9 +247,9 @@ impl Node {
         let done = |answer: &Answer| matches!(decode_any(&answer.packet), Ok(Message::Done {}));
         lock(&self.slots)
             .insert(request, Box::new(move |answer| then(answer.is_ok_and(|answer| done(&answer)))));
-        let sent = self.control().and_then(|control| {
-            send_how(&control, request, message, descriptors, packet::send_now)
-        });
+        let sent = self
+            .control()
+            .and_then(|control| send_how(&control, request, message, descriptors, packet::send_now));
         if let Err(error) = sent {
             let then = lock(&self.slots).remove(&request);
             if let Some(then) = then {

@@ -410,6 +410,11 @@ impl Connection {
         drop(gone);
     }
 
+    /// So many bytes of ours were taken from a window; so many of the other side's we have taken.
+    pub fn count_placed(&self, sent: u32, received: u32) {
+        self.count(sent.into(), received.into());
+    }
+
     fn is_ours(&self) -> bool {
         self.generation() == cpu::generation()
     }

@@ -158,7 +158,8 @@ impl State {
         let (matching, length) = (request.report.matching, request.report.length);
         if announced {
             let place = lies_in(&to.connection, &request.parts);
-            let (window, offset) = place.as_ref().map_or((0, [0; OFFSET]), |(_, id, at)| (*id, at.to_le_bytes()));
+            let (window, offset) =
+                place.as_ref().map_or((0, [0; OFFSET]), |(_, id, at)| (*id, at.to_le_bytes()));
             let behind = if place.is_some() { OFFSET } else { 0 };
             let record = Record::Announce { matching, length, id: slot, window };
             let written = to.write_with(&record, &Parts::of(&offset), 0, behind);
@@ -368,7 +369,9 @@ impl State {
                 version == VERSION && self.on_hello(lane, endpoint, session, key)
             }
             Record::Welcome { status, session } => self.on_welcome(lane, status, session),
-            Record::Announce { matching, length, id, .. } => self.on_announce(lane, matching, length, id, None),
+            Record::Announce { matching, length, id, .. } => {
+                self.on_announce(lane, matching, length, id, None)
+            }
             Record::Pull { id, length, ticket } => self.on_pull(lane, id, length, ticket),
             Record::Placed { id, length } => self.on_placed(lane, id, length),
             Record::Message { .. } | Record::Data { .. } => false,
@@ -509,6 +512,9 @@ impl State {
 
     /// All of a message that is wanted was taken from where it lay.
     pub fn placed(&mut self, lane: u32, id: u32, length: u32) {
+        if let Some(lane) = self.lane(lane) {
+            lane.connection.count_placed(0, length);
+        }
         self.say(lane, Record::Placed { id, length });
     }
 
@@ -522,6 +528,9 @@ impl State {
         let whole = request.report.length;
         if length == 0 || length > whole {
             return false;
+        }
+        if let Some(lane) = self.lane(lane) {
+            lane.connection.count_placed(length, 0);
         }
         self.end(id, if length < whole { Status::Truncated } else { Status::Success }, length);
         true

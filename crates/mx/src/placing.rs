@@ -64,7 +64,10 @@ pub(crate) fn lies_in(connection: &Arc<Connection>, parts: &Parts) -> Option<(Ar
 impl State {
     pub fn begin_to_place(&mut self, slot: u32, lane: u32, id: u32, place: Place) {
         let Some(receive) = self.requests.id(slot) else { return };
-        let want = self.requests.at(slot).map_or(0, |request| request.want as usize);
+        let Some(request) = self.requests.at(slot) else { return };
+        // Whoever sends parts of it all the same sends too many.
+        request.got = request.want;
+        let want = request.want as usize;
         self.placing.jobs.push_back(Job { receive, lane, id, place, done: 0, want });
     }
 

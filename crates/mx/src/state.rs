@@ -479,9 +479,15 @@ impl State {
 
     // ---- ends
 
-    /// Is all that was sent and need not be asked for with the peers, or in their lanes?
+    /// Is all that was sent and need not be asked for with the peers, or in their lanes? What lies in a window may be
+    /// on its way to the peer already.
     pub fn is_flushed(&self) -> bool {
-        self.buffered == 0 && self.backlog.is_empty() && self.lanes.iter().flatten().all(Lane::is_idle)
+        let lies = |request: &Request| request.stage == Stage::Under && request.window.is_some();
+        let none_lies = || !self.requests.slots().any(|(_, request)| lies(request));
+        none_lies()
+            && self.buffered == 0
+            && self.backlog.is_empty()
+            && self.lanes.iter().flatten().all(Lane::is_idle)
     }
 
     /// A lane has ended: what was under way over it ends too, and what was only announced over it. What has arrived

@@ -31,6 +31,12 @@ pub struct MxEndpoint {
 #[pyclass(frozen, module = "isthmus._native")]
 pub struct MxWindow(Arc<Window>);
 
+impl MxWindow {
+    pub fn inner(&self) -> &Arc<Window> {
+        &self.0
+    }
+}
+
 #[pymethods]
 impl MxWindow {
     #[new]

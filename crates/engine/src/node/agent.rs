@@ -94,13 +94,15 @@ impl Node {
                 }
             }
             Message::Window { connection, opener, window, size } => {
-                let member = lock(&self.connections).get(&key(connection, opener != 0)).and_then(Weak::upgrade);
+                let member =
+                    lock(&self.connections).get(&key(connection, opener != 0)).and_then(Weak::upgrade);
                 if let (Some(connection), Some(file)) = (member, descriptors.first()) {
                     connection.borrow(window, size, file, &self.lenders);
                 }
             }
             Message::WindowGone { connection, opener, window } => {
-                let member = lock(&self.connections).get(&key(connection, opener != 0)).and_then(Weak::upgrade);
+                let member =
+                    lock(&self.connections).get(&key(connection, opener != 0)).and_then(Weak::upgrade);
                 if let Some(connection) = member {
                     connection.give_back(window);
                 }

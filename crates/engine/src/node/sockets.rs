@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use isthmus_sys::packet::{self, Shape};
-use isthmus_wire::control::{ANYBODY, FEATURE_SOCKETS, FEATURE_WINDOWS, Message, Refusal, SocketKind, TICKET};
+use isthmus_wire::control::{
+    ANYBODY, FEATURE_SOCKETS, FEATURE_WINDOWS, Message, Refusal, SocketKind, TICKET,
+};
 
 use super::{Answer, Attachment, Node, decode, unexpected, wait_for};
 use crate::error::{Error, Result};
