@@ -284,7 +284,7 @@ def test_a_message_is_whole_when_its_sender_closes_at_once(broker: PrivateBroker
 
 def test_windows_go_with_what_was_made_of_them(ends: Ends) -> None:
     pass_on(ends, memoryview(noise(10**5)))
-    before = descriptors(), windows_mapped()
+    before, mapped = descriptors(), windows_mapped()
     for n in range(3 * WINDOWS_MAX):
         view = filled(10**5, n)
         pass_on(ends, view)
@@ -293,10 +293,12 @@ def test_windows_go_with_what_was_made_of_them(ends: Ends) -> None:
         part = view[5:]
         view.release()
         del view
-        assert windows_mapped() > before[1]
+        assert windows_mapped() > mapped
         part.release()
         del part
-    becomes(lambda: (descriptors(), windows_mapped()) == before, "something stays")
+    becomes(lambda: windows_mapped() == mapped, "something is mapped for ever")
+    # Memory for lanes to come is kept for a while: there may be less than before.
+    becomes(lambda: descriptors() <= before, "descriptors stay")
     assert lane_of(ends[1])["windows"] == 0
 
 
@@ -879,7 +881,10 @@ def test_a_window_is_shown_to_the_next_broker_and_to_nobody_else(join: Join, nod
             joined.lend(by=a)
         before = node.holds("a")[2]
         assert joined.lend(by=a, again=1) == "done"
+        # Taken back before the other side is there.
+        joined.take_back(77, a)
         joined.theirs.resume(b)
+        assert b.next("window-gone")["window"] == 77
         assert node.holds("a")[2] == before + PAGE
         assert joined.lend(by=a) == "done"
         assert b.next("window")["window"] == joined.last

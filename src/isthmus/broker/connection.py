@@ -26,6 +26,7 @@ class Side:
         "connection",
         "counters",
         "domain",
+        "gone",
         "held",
         "memory",
         "peer",
@@ -47,6 +48,8 @@ class Side:
         self.chosen = False
         #: Memory that this side has lent to the other: which file each number is.
         self.windows: dict[int, tuple[int, int]] = {}
+        #: Numbers that it took back and the other side has not been told of.
+        self.gone: list[int] = []
 
     @property
     def other(self) -> Side:

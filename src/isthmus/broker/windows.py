@@ -45,6 +45,7 @@ class Windows:
         if len(side.windows) >= WINDOWS_MAX:
             raise Refuse("limit-reached", f"windows: one side of a connection may lend {WINDOWS_MAX}")
         domain.tokens -= LEND_COSTS
+        self.tell(side)
         other = side.other.attachment
         if not fields["again"]:
             if other is None:
@@ -85,17 +86,20 @@ class Windows:
         if side is None:
             return
         side.take_back(fields["window"])
-        other = side.other.attachment
         # Also of one that is not known here: it may have been lent before this broker was started.
-        if other is not None and other.takes_windows and not other.crowded:
-            connection = side.connection
-            other.send(
-                "window-gone",
-                0,
-                connection=connection.number,
-                opener=int(side.other is connection.opener),
-                window=fields["window"],
-            )
+        if len(side.gone) < WINDOWS_MAX:
+            side.gone.append(fields["window"])
+        self.tell(side)
+
+    def tell(self, side: Side) -> None:
+        """Tell the other side what was taken back, if it is there and reads."""
+        other, connection = side.other.attachment, side.connection
+        if other is None or other.crowded:
+            return
+        gone, side.gone = side.gone, []
+        for window in gone if other.takes_windows else []:
+            opener = int(side.other is connection.opener)
+            other.send("window-gone", 0, connection=connection.number, opener=opener, window=window)
 
     def _side(self, attachment: Attachment, fields: dict[str, Any]) -> Side | None:
         """The side of an open connection that this program holds and means."""
