@@ -87,18 +87,17 @@ impl Window {
     #[must_use]
     pub fn at(start: *const u8, len: usize) -> Option<(Arc<Self>, u64)> {
         let start = start as usize;
-        let window = {
-            let windows = match WINDOWS.try_read() {
-                Ok(windows) => windows,
-                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => return None,
-            };
-            let (base, (size, window)) =
-                windows.range((Bound::Unbounded, Bound::Included(start))).next_back()?;
-            let at = start - base;
-            if at > *size || len > *size - at { None } else { Some((window.upgrade()?, at as u64)) }
+        let windows = match WINDOWS.try_read() {
+            Ok(windows) => windows,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
         };
-        window
+        let (base, (size, window)) = windows.range((Bound::Unbounded, Bound::Included(start))).next_back()?;
+        let at = start - base;
+        if at > *size || len > *size - at {
+            return None;
+        }
+        Some((window.upgrade()?, at as u64))
     }
 
     #[must_use]
