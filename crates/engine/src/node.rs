@@ -258,9 +258,10 @@ impl Node {
         }
     }
 
-    /// Say what is not answered; `false`: nobody heard it.
-    pub(crate) fn say(&self, message: &Message<'_>) -> bool {
-        self.tell(0, message, &[]).is_ok()
+    /// Say what is not answered, without waiting; `false`: nobody heard it.
+    pub(crate) fn say_now(&self, message: &Message<'_>) -> bool {
+        let said = self.control().and_then(|control| send_how(&control, 0, message, &[], packet::send_now));
+        said.is_ok()
     }
 
     /// Does the broker pass windows on?

@@ -253,7 +253,7 @@ struct Ours {
     /// By their serial numbers.
     lent: HashMap<u64, Lent>,
     last: u32,
-    /// Taken back while there was no broker to be told.
+    /// Taken back while no broker could be told.
     untold: Vec<u32>,
 }
 
@@ -275,6 +275,12 @@ impl Connection {
         let node = self.node()?;
         let id = {
             let mut ours = lock(&self.windows().ours);
+            while let Some(id) = ours.untold.last() {
+                if !self.tell_taken_back(*id) {
+                    return None;
+                }
+                ours.untold.pop();
+            }
             match ours.lent.get(&window.serial) {
                 Some(Lent::Has(id, _)) => return Some(*id),
                 Some(Lent::Asked(_)) => return None,
@@ -332,7 +338,7 @@ impl Connection {
     }
 
     fn tell_taken_back(&self, window: u32) -> bool {
-        self.node().is_none_or(|node| !node.lends_windows() || node.say(&self.taken_back(window)))
+        self.node().is_none_or(|node| !node.lends_windows() || node.say_now(&self.taken_back(window)))
     }
 
     fn taken_back(&self, window: u32) -> Message<'static> {
