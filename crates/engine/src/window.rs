@@ -474,6 +474,21 @@ mod tests {
     }
 
     #[test]
+    fn nobody_makes_holes_in_a_window() {
+        let window = Window::new(2 * PAGE).expect("memory");
+        // SAFETY: a mapping of ours of that length.
+        let removed = unsafe { libc::madvise(window.base().cast(), PAGE, libc::MADV_REMOVE) };
+        assert_eq!(removed, -1, "its owner has made one");
+        // SAFETY: as above; what it drops is the mapping's, not the file's.
+        assert_eq!(unsafe { libc::madvise(window.base().cast(), PAGE, libc::MADV_DONTNEED) }, 0);
+        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&window.file()));
+        let writable = std::fs::OpenOptions::new().write(true).open(path).expect("reopened");
+        assert!(rustix::fs::fallocate(&writable, punch, 0, PAGE as u64).is_err());
+        check(window.file(), 2 * PAGE as u64).expect("all of it is there");
+    }
+
+    #[test]
     fn one_lender_does_not_take_all_places() {
         let lenders = Lenders::default();
         assert_eq!((0..1000).filter(|_| lenders.note(1)).count(), FROM_ONE);
