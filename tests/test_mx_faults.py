@@ -29,7 +29,7 @@ from isthmus.testing import PrivateBroker
 # Of docs/formats/mx-lane.md.
 PORT, VERSION, BAD_KEY = 0x4D580000, 1, 11
 HEADER = struct.Struct("<BBHIQII")
-HELLO, WELCOME, MESSAGE, ANNOUNCE, PULL, DATA = range(1, 7)
+HELLO, WELCOME, MESSAGE, ANNOUNCE, PULL, DATA, PLACED = range(1, 8)
 EAGER = 32 * 1024
 
 
@@ -123,7 +123,8 @@ STRANGERS = {
     "data": Record(DATA, data=b"x").encode(),
     "a welcome": Record(WELCOME).encode(),
     "a refusal": Record(WELCOME, flags=BAD_KEY).encode(),
-    "an unknown kind": Record(7).encode(),
+    "an unknown kind": Record(8).encode(),
+    "that something was placed": Record(PLACED, length=1).encode(),
     "kind 0": Record(0).encode(),
     "zeros": bytes(HEADER.size),
     "ones": b"\xff" * 100,
@@ -137,6 +138,15 @@ KNOWN = {
     "a message that is too long": Record(MESSAGE, data=bytes(EAGER + 1)).encode(),
     "a message of a mebibyte less a little": Record(MESSAGE, data=bytes(900_000)).encode(),
     "an announcement with bytes": Record(ANNOUNCE, length=5, data=b"x").encode(),
+    "an announcement with an offset and no window": Record(ANNOUNCE, length=5, data=bytes(8)).encode(),
+    "an announcement with a window and no offset": Record(ANNOUNCE, length=5, more=1).encode(),
+    "an announcement with half an offset": Record(ANNOUNCE, length=5, more=1, data=bytes(4)).encode(),
+    "an announcement with a window, an offset and more": Record(
+        ANNOUNCE, length=5, more=1, data=bytes(9)
+    ).encode(),
+    "that nothing was placed": Record(PLACED, id=12345, length=1).encode(),
+    "that the largest number was placed": Record(PLACED, id=2**32 - 1, length=2**32 - 1).encode(),
+    "that bytes were placed": Record(PLACED, length=1, data=b"x").encode(),
     "a pull of nothing": Record(PULL, id=12345, length=1).encode(),
     "a pull with bytes": Record(PULL, data=b"x").encode(),
     "data for nobody": Record(DATA, id=12345, data=b"x").encode(),
@@ -277,13 +287,13 @@ def test_random_records_end_no_other_lane(broker: PrivateBroker) -> None:
                 with contextlib.suppress(ConnectionError):
                     for _ in range(20):
                         record = Record(
-                            chance.choice([HELLO, WELCOME, MESSAGE, ANNOUNCE, PULL, DATA]),
+                            chance.choice([HELLO, WELCOME, MESSAGE, ANNOUNCE, PULL, DATA, PLACED]),
                             flags=chance.randrange(3),
                             length=chance.choice([0, 1, 1000, 2**32 - 1]),
                             match=chance.randrange(6),
                             id=chance.choice([chance.randrange(8), 7]),
                             more=chance.randrange(8),
-                            data=bytes(chance.choice([0, 1, 999, EAGER, EAGER + 1])),
+                            data=bytes(chance.choice([0, 1, 8, 999, EAGER, EAGER + 1])),
                         )
                         hostile.sock.send(record.encode())
         assert place[:1000] == place[2000:] == bytes(1000)

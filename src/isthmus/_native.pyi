@@ -19,6 +19,7 @@ __all__ = [
     "ERROR_CLASSES",
     "FEATURE_GUEST",
     "FEATURE_SOCKETS",
+    "FEATURE_WINDOWS",
     "LARGE_DEFAULT",
     "PRIVILEGED_PORT_MAX",
     "REFUSALS",
@@ -26,6 +27,8 @@ __all__ = [
     "SMALL_DEFAULT",
     "SOCKETS_PORT",
     "SOCKET_KINDS",
+    "WINDOWS_MAX",
+    "WINDOW_MAX",
     "BenchRing",
     "Connection",
     "Counters",
@@ -34,6 +37,7 @@ __all__ = [
     "Listener",
     "Living",
     "MxEndpoint",
+    "MxWindow",
     "Node",
     "Pollable",
     "Poller",
@@ -50,6 +54,7 @@ __all__ = [
     "bench_ring",
     "bench_ring_memory",
     "check_name",
+    "check_window",
     "control_decode",
     "control_encode",
     "parse_address",
@@ -69,6 +74,9 @@ SEATS_PORT: int
 PRIVILEGED_PORT_MAX: int
 FEATURE_GUEST: int
 FEATURE_SOCKETS: int
+FEATURE_WINDOWS: int
+WINDOWS_MAX: int
+WINDOW_MAX: int
 CARD_DOMAIN: str
 CARD_PORT: int
 CARD_RECORD_MAX: int
@@ -116,6 +124,7 @@ def run_switch(
 def control_encode(kind: str, request: int, /, **fields: int | str | bytes) -> bytes: ...
 def parse_address(text: str) -> tuple[str | int, int]: ...
 def check_name(name: str) -> None: ...
+def check_window(descriptor: int, size: int) -> None: ...
 
 @final
 class Node:
@@ -184,6 +193,12 @@ class Node:
 _MxTold = tuple[int, tuple[int, int], int, int, int]
 
 @final
+class MxWindow:
+    def __new__(cls, size: int) -> MxWindow: ...
+    @property
+    def place(self) -> tuple[int, int]: ...
+
+@final
 class MxEndpoint:
     def __new__(
         cls,
@@ -225,6 +240,7 @@ class MxEndpoint:
 @final
 class Connection:
     wait: int
+    def lend(self, window: MxWindow) -> int | None: ...
     @property
     def totals(self) -> tuple[int, int, int, int]: ...
     @property

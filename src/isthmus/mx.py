@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus import _native, errors
 from isthmus.node import attach
+from isthmus.views import view_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     #: One buffer, or several that are one message, or None for no bytes.
     Data = Buffer | list[Any] | tuple[Buffer, ...] | None
 
-__all__ = ["ALL", "Code", "Endpoint", "Peer", "Request", "Status"]
+__all__ = ["ALL", "Code", "Endpoint", "Peer", "Request", "Status", "buffer"]
 
 #: The mask that ignores nothing.
 ALL = 2**64 - 1
@@ -444,6 +445,40 @@ class Endpoint:
 
     def _gone(self) -> errors.Closed:
         return errors.Closed(errno.EBADF, f"endpoint {self.id} was closed")
+
+
+def buffer(size: int) -> memoryview:
+    """Memory from which long messages reach peers of this node with one copy instead of two.
+
+    Like a `bytearray` for all other purposes. Peers to whom something of it is sent may read all of it, at
+    any time: keep nothing else there. Children of `os.fork` share it.
+
+    Parameters
+    ----------
+    size : int, bytes
+        At most 4 GiB. All of it is taken at once, in huge pages where the kernel gives them.
+
+    Returns
+    -------
+    memoryview, shape (size,), bytes, writable
+        Zeros. The memory is given back when nothing made from it is left.
+
+    Raises
+    ------
+    ValueError
+        `size` is negative, or more than 4 GiB.
+    MemoryError
+        There is not so much.
+    """
+    if not 0 <= size <= _native.WINDOW_MAX:
+        raise ValueError(f"mx.buffer: {size} bytes; a buffer has 0 to {_native.WINDOW_MAX}")
+    try:
+        window = _native.MxWindow(size)
+    except errors.IsthmusError as error:
+        if error.errno in (errno.ENOMEM, errno.ENOSPC):
+            raise MemoryError(f"mx.buffer: there are no {size} bytes") from None
+        raise
+    return view_of(window.place[0], size, window)
 
 
 def format_nic(nic: int) -> str:

@@ -35,16 +35,16 @@ __all__ = ["RecvView", "SendView"]
 
 
 class _Pinned(ctypes.Array[ctypes.c_ubyte]):
-    """Bytes of a ring, keeping the connection whose memory they are."""
+    """Bytes of ours, keeping what their memory belongs to."""
 
     _type_ = ctypes.c_ubyte
     # Where the array really ends is said by the slice that is handed out: one type serves all lengths.
-    _length_ = 1 << 31
-    keeper: _native.Connection
+    _length_ = 1 << 32
+    keeper: object
 
 
-def _view(address: int, length: int, keeper: _native.Connection) -> memoryview:
-    """Bytes of a ring of `keeper`, writable."""
+def view_of(address: int, length: int, keeper: object) -> memoryview:
+    """Memory that is there while `keeper` is, writable."""
     pinned = _Pinned.from_address(address)
     pinned.keeper = keeper
     return memoryview(pinned).cast("B")[:length]
@@ -95,7 +95,7 @@ class RecvView:
             return self._view
         address, length = front
         self._held = True
-        self._view = _view(address, length, self._connection).toreadonly()
+        self._view = view_of(address, length, self._connection).toreadonly()
         return self._view
 
     def release(self) -> None:
@@ -155,7 +155,7 @@ class SendView:
             self._own = bytearray(self._size)
             self._view = memoryview(self._own)
         else:
-            self._view = _view(address, self._size, self._connection)
+            self._view = view_of(address, self._size, self._connection)
         return self._view
 
     def send(self) -> None:

@@ -3,8 +3,9 @@
 //! Two things about them move figures more than the transport does: whether the data is in a cache (`hot`: one buffer
 //! used again and again, `cold`: a walk through 128 MiB), and the size of the pages under them.
 
-use std::{ptr::NonNull, slice, str::FromStr};
+use std::{io, ptr::NonNull, slice, str::FromStr, sync::Arc};
 
+use isthmus_engine::window::Window;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::error::BenchError;
@@ -20,6 +21,8 @@ const CACHE_LINE: usize = 64;
 pub enum Pages {
     Small,
     Huge,
+    /// Not private: a window, huge where the kernel gives that.
+    Window,
 }
 
 /// Whether messages come from, and go to, the same memory each time.
@@ -53,8 +56,9 @@ impl FromStr for Data {
     }
 }
 
-/// Private memory on pages of a chosen size, populated.
+/// Memory on pages of a chosen size, populated.
 pub(crate) struct Memory {
+    window: Option<Arc<Window>>,
     mapping: NonNull<u8>,
     mapped: usize,
     start: NonNull<u8>,
@@ -63,6 +67,14 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) fn new(len: usize, pages: Pages) -> Result<Self, BenchError> {
+        if pages == Pages::Window {
+            let refused = |error| BenchError::Memory { bytes: len, source: io::Error::other(error) };
+            let window = Window::new(len.next_multiple_of(HUGE_PAGE)).map_err(refused)?;
+            let (mapped, none) = (window.len(), io::ErrorKind::OutOfMemory);
+            let start = NonNull::new(window.base())
+                .ok_or_else(|| BenchError::Memory { bytes: len, source: none.into() })?;
+            return Ok(Self { window: Some(window), mapping: start, mapped, start, len: mapped });
+        }
         let len = len.next_multiple_of(HUGE_PAGE);
         let mapped = len + HUGE_PAGE;
         let refused = |source: rustix::io::Errno| BenchError::Memory { bytes: mapped, source: source.into() };
@@ -80,10 +92,10 @@ impl Memory {
         let ahead = mapping.as_ptr().addr().next_multiple_of(HUGE_PAGE) - mapping.as_ptr().addr();
         // SAFETY: `ahead` is less than HUGE_PAGE, so the sum is inside the mapping of `len + HUGE_PAGE` bytes.
         let start = unsafe { mapping.add(ahead) };
-        let mut memory = Self { mapping, mapped, start, len };
+        let mut memory = Self { window: None, mapping, mapped, start, len };
         let advice = match pages {
             Pages::Small => Advice::LinuxNoHugepage,
-            Pages::Huge => Advice::LinuxHugepage,
+            Pages::Huge | Pages::Window => Advice::LinuxHugepage,
         };
         // SAFETY: the range is this mapping's own, and this advice changes page sizes, never contents.
         // A kernel without transparent huge pages refuses, and the pages are then small whatever was asked for.
@@ -101,6 +113,9 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        if self.window.is_some() {
+            return;
+        }
         // SAFETY: this is the whole mapping made in `new`, and no slice of it outlives `self`.
         let _ = unsafe { munmap(self.mapping.as_ptr().cast(), self.mapped) };
     }

@@ -58,12 +58,27 @@ pub struct Plan {
     pub gap: Duration,
     pub pages: Pages,
     pub data: Data,
+    /// What is sent lies in a window of `isthmus_engine`.
+    pub windows: bool,
 }
 
 impl Plan {
     /// Hot data on ordinary pages, no pause.
     pub fn new(size: usize, warmup: Duration, duration: Duration) -> Self {
-        Self { size, warmup, duration, gap: Duration::ZERO, pages: Pages::Small, data: Data::Hot }
+        Self {
+            size,
+            warmup,
+            duration,
+            gap: Duration::ZERO,
+            pages: Pages::Small,
+            data: Data::Hot,
+            windows: false,
+        }
+    }
+
+    /// Pages of what is sent.
+    fn sent(&self) -> Pages {
+        if self.windows { Pages::Window } else { self.pages }
     }
 }
 
@@ -137,7 +152,7 @@ impl<T: Transport> End<'_, T> {
 /// [`BenchError`] when the transport fails or the last echo is not what was sent.
 pub fn pingpong_client<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Latency, BenchError> {
     let clock = Clock::start();
-    let mut end = End { transport, walk: Walk::filled(plan.size, plan.pages, plan.data)? };
+    let mut end = End { transport, walk: Walk::filled(plan.size, plan.sent(), plan.data)? };
 
     let warm_until = clock.ticks() + clock.ticks_in(plan.warmup);
     loop {
@@ -186,7 +201,7 @@ pub fn pingpong_client<T: Transport>(transport: &mut T, plan: &Plan) -> Result<L
 ///
 /// [`BenchError`] when the transport fails or a message has no mark.
 pub fn pingpong_server<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Served, BenchError> {
-    let mut end = End { transport, walk: Walk::new(plan.size, plan.pages, plan.data)? };
+    let mut end = End { transport, walk: Walk::new(plan.size, plan.sent(), plan.data)? };
     let mut messages = 0;
     // The wait for the first message is the client's start, not work.
     let mut cpu = 0.0;
@@ -216,7 +231,7 @@ const BYTES_BETWEEN_CLOCK_READS: usize = 32 * 1024;
 /// [`BenchError`] when the transport fails.
 pub fn stream_sender<T: Transport>(transport: &mut T, plan: &Plan) -> Result<Served, BenchError> {
     let clock = Clock::start();
-    let mut end = End { transport, walk: Walk::filled(plan.size, plan.pages, plan.data)? };
+    let mut end = End { transport, walk: Walk::filled(plan.size, plan.sent(), plan.data)? };
     let burst = (BYTES_BETWEEN_CLOCK_READS / plan.size).clamp(1, 64);
     let cpu = cpu_seconds();
     let mut messages = 1;

@@ -19,6 +19,7 @@ use crate::lock;
 use crate::node::{Attachment, Node};
 use crate::readiness::Readiness;
 use crate::wait::{How, Place, spin};
+use crate::window::Windows;
 
 /// What the broker said when it made the connection.
 #[derive(Clone, Debug)]
@@ -103,6 +104,7 @@ pub struct Connection {
     /// The datagram socket this lane belongs to, if it is to be told of news.
     owner: OnceLock<Weak<Datagram>>,
     node: Weak<Node>,
+    windows: Windows,
     _attachment: Option<Arc<Attachment>>,
     /// The peer runs on no processor of this kernel.
     in_guest: bool,
@@ -144,6 +146,7 @@ impl Connection {
             readiness: OnceLock::new(),
             owner: OnceLock::new(),
             node: node.map_or_else(Weak::new, Arc::downgrade),
+            windows: Windows::default(),
             _attachment: node.and_then(|node| node.keep()),
             in_guest,
             unclaimed: AtomicBool::new(false),
@@ -203,6 +206,32 @@ impl Connection {
 
     pub(crate) fn counters_fd(&self) -> Option<BorrowedFd<'_>> {
         self.counters_fd.as_ref().map(std::os::fd::AsFd::as_fd)
+    }
+
+    /// Count bytes that did not go through the rings.
+    pub(crate) fn count(&self, sent: u64, received: u64) {
+        if sent > 0 {
+            lock(&self.tx).tx.count(sent);
+        }
+        if received > 0 {
+            lock(&self.rx).rx.count(received);
+        }
+    }
+
+    pub(crate) fn windows(&self) -> &Windows {
+        &self.windows
+    }
+
+    pub(crate) fn node(&self) -> Option<Arc<Node>> {
+        self.node.upgrade()
+    }
+
+    pub(crate) fn in_guest(&self) -> bool {
+        self.in_guest
+    }
+
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation
     }
 
     /// The memory in which received records lie, for views in place.
@@ -717,6 +746,7 @@ impl Connection {
                 let _ = side.tx.finish();
             }
         }
+        self.forget_windows();
         // Wakes the peer whatever it waits for, and our own waiters.
         self.bell.shut();
         if let Some(readiness) = self.readiness.get() {

@@ -2,8 +2,8 @@
 //!
 //! Read in this order: [`lane`] (the two carriers), [`connection`] (two lanes and a bell),
 //! [`node`] (a program's attachment to its broker), then [`listener`], [`datagram`],
-//! [`readiness`] (a kernel descriptor for `select`) and [`poller`] (many connections in one event
-//! loop).
+//! [`readiness`] (a kernel descriptor for `select`), [`poller`] (many connections in one event
+//! loop) and [`window`] (memory that the other side may read where it lies).
 
 pub mod bell;
 pub mod connection;
@@ -16,10 +16,11 @@ pub mod poller;
 pub mod readiness;
 pub mod seat;
 mod wait;
+pub mod window;
 
 pub use connection::{Connection, Front, Info};
 pub use error::{Error, Result};
-pub use isthmus_ring::{Dest, Source};
+pub use isthmus_ring::{Dest, Mover, Source};
 pub use isthmus_sys::inet::unix_shape;
 pub use isthmus_sys::living::Living;
 pub use isthmus_sys::packet;

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use isthmus_sys::poll::{Flag, Set};
 use isthmus_sys::{cpu, packet};
 use isthmus_wire::control::{
-    self, ANYBODY, Carrier, FEATURE_GUEST, MESSAGE_MAX, Message, Refusal, SocketKind,
+    self, ANYBODY, Carrier, FEATURE_GUEST, FEATURE_WINDOWS, MESSAGE_MAX, Message, Refusal, SocketKind,
 };
 
 use crate::bell::Doorbell;
@@ -31,6 +31,7 @@ use crate::lane::Offer;
 use crate::listener::{Acceptor, Listener, Terms};
 use crate::lock;
 use crate::wait::How;
+use crate::window::Lenders;
 use sockets::Host;
 use spare::Spare;
 
@@ -51,6 +52,8 @@ pub struct Identity {
     pub epoch: u64,
     /// The program is in a guest: the switch carries every lane, in memory that comes with the answer.
     pub guest: bool,
+    /// The broker passes windows on.
+    pub windows: bool,
 }
 
 /// A connection that somebody wants.
@@ -110,6 +113,7 @@ pub struct Node {
     next_request: AtomicU32,
     acceptors: Mutex<HashMap<(u32, u32), Weak<dyn Acceptor>>>,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
+    lenders: Arc<Lenders>,
     spare: Spare,
     /// Of the guest that this is, if its agent gave it.
     doorbell: OnceLock<Arc<Doorbell>>,
@@ -127,7 +131,7 @@ impl Node {
     /// # Errors
     /// No broker answers there, or it refuses.
     pub fn attach(door: &Path, program: &str) -> Result<Arc<Attachment>> {
-        Self::start(door, program, Some(greet(door, program, 0, ANSWER_LIMIT)?), None)
+        Self::start(door, program, Some(greet(door, program, FEATURE_WINDOWS, ANSWER_LIMIT)?), None)
     }
 
     /// Start the engine's thread, with a broker or in search of one.
@@ -154,6 +158,7 @@ impl Node {
             next_request: AtomicU32::new(1),
             acceptors: Mutex::default(),
             connections: Mutex::default(),
+            lenders: Arc::default(),
             spare: Spare::default(),
             doorbell: OnceLock::new(),
             set,
@@ -229,6 +234,39 @@ impl Node {
                 then(Err(error));
             }
         }
+    }
+
+    /// Ask without waiting for a broker that does not read; `then` hears whether it was done.
+    pub(crate) fn ask_now(
+        &self,
+        message: &Message<'_>,
+        descriptors: &[BorrowedFd<'_>],
+        then: Box<dyn FnOnce(bool) + Send>,
+    ) {
+        let request = self.next_request.fetch_add(1, Ordering::Relaxed).max(1);
+        let done = |answer: &Answer| matches!(decode_any(&answer.packet), Ok(Message::Done {}));
+        lock(&self.slots)
+            .insert(request, Box::new(move |answer| then(answer.is_ok_and(|answer| done(&answer)))));
+        let sent = self
+            .control()
+            .and_then(|control| send_how(&control, request, message, descriptors, packet::send_now));
+        if let Err(error) = sent {
+            let then = lock(&self.slots).remove(&request);
+            if let Some(then) = then {
+                then(Err(error));
+            }
+        }
+    }
+
+    /// Say what is not answered, without waiting; `false`: nobody heard it.
+    pub(crate) fn say_now(&self, message: &Message<'_>) -> bool {
+        let said = self.control().and_then(|control| send_how(&control, 0, message, &[], packet::send_now));
+        said.is_ok()
+    }
+
+    /// Does the broker pass windows on?
+    pub(crate) fn lends_windows(&self) -> bool {
+        lock(&self.identity).windows
     }
 
     fn ask(&self, message: &Message<'_>, how: &How<'_>) -> Result<Answer> {
@@ -625,6 +663,7 @@ fn greet(door: &Path, program: &str, features: u32, limit: Duration) -> Result<(
                 ring_max,
                 epoch,
                 guest: features & FEATURE_GUEST != 0,
+                windows: features & FEATURE_WINDOWS != 0,
             };
             Ok((control, identity))
         }

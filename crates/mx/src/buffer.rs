@@ -53,6 +53,14 @@ impl Parts {
         self.len() == 0
     }
 
+    /// All of it, if it is in one piece.
+    pub(crate) fn whole(&self) -> Option<(*const u8, usize)> {
+        match self.pieces() {
+            [(start, len)] => Some((start.cast_const(), *len)),
+            _ => None,
+        }
+    }
+
     /// `len` bytes from `at` on, as far as they are there: piece by piece.
     fn each(&self, at: usize, len: usize, mut show: impl FnMut(*mut u8, usize)) {
         let (mut skip, mut left) = (at, len);

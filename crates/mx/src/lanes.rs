@@ -2,18 +2,20 @@
 //!
 //! Each pair of endpoints has a connection of ours, of messages: records of [`isthmus_wire::mx_lane`]. Short messages are
 //! in one record. Long ones are announced; their receiver pulls them, and their bytes then go straight from the sender's
-//! memory to the lane and from the lane to the receiver's memory.
+//! memory to the lane and from the lane to the receiver's memory. Where they lie in a window of the sender's that its
+//! receiver may read, the receiver takes them there instead (`placing`).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use isthmus_engine::Connection;
 use isthmus_proto::mx::Status;
-use isthmus_wire::mx_lane::{HEADER, Record, VERSION};
+use isthmus_wire::mx_lane::{HEADER, OFFSET, Record, VERSION};
 use isthmus_wire::mxoe::{BAD_KEY, CONNECTED};
 
 use crate::buffer::Parts;
 use crate::peers::Path;
+use crate::placing::{Place, lies_in};
 use crate::requests::{Kind, RequestId, Stage};
 use crate::state::{EAGER_MAX, Kept, State, Unexpected};
 
@@ -155,9 +157,15 @@ impl State {
         let Some(request) = self.requests.at(slot) else { return true };
         let (matching, length) = (request.report.matching, request.report.length);
         if announced {
-            let written = to.write(&Record::Announce { matching, length, id: slot });
+            let place = lies_in(&to.connection, &request.parts);
+            let (window, offset) =
+                place.as_ref().map_or((0, [0; OFFSET]), |(_, id, at)| (*id, at.to_le_bytes()));
+            let behind = if place.is_some() { OFFSET } else { 0 };
+            let record = Record::Announce { matching, length, id: slot, window };
+            let written = to.write_with(&record, &Parts::of(&offset), 0, behind);
             if written {
                 request.stage = Stage::Under;
+                request.window = place.map(|(window, ..)| window);
             }
             return written;
         }
@@ -234,9 +242,10 @@ impl State {
                     return true;
                 }
             };
-            let mut header = [0; HEADER];
+            let mut beginning = [0; HEADER + OFFSET];
             let len = front.len();
-            let record = if front.peek(&mut header) == HEADER { Record::decode(&header).ok() } else { None };
+            let seen = front.peek(&mut beginning);
+            let record = beginning.get(..seen).and_then(|seen| Record::decode(seen).ok());
             let Some(record) = record else {
                 drop(front);
                 self.lane_is_over(lane);
@@ -258,6 +267,12 @@ impl State {
                     return n > 0;
                 }
                 Record::Data { ticket, offset } => self.take_data(lane, (ticket, offset), len, front),
+                Record::Announce { matching, length, id, window } if window != 0 => {
+                    let offset = beginning.last_chunk().copied().map_or(0, u64::from_le_bytes);
+                    let taken = front.take(&mut isthmus_engine::Dest::empty()).is_ok();
+                    let fits = len == OFFSET && taken;
+                    fits && self.on_announce(lane, matching, length, id, Some((window, offset)))
+                }
                 other => {
                     // Taken or dropped: it holds the lane.
                     let taken = front.take(&mut isthmus_engine::Dest::empty()).is_ok();
@@ -354,8 +369,11 @@ impl State {
                 version == VERSION && self.on_hello(lane, endpoint, session, key)
             }
             Record::Welcome { status, session } => self.on_welcome(lane, status, session),
-            Record::Announce { matching, length, id } => self.on_announce(lane, matching, length, id),
+            Record::Announce { matching, length, id, .. } => {
+                self.on_announce(lane, matching, length, id, None)
+            }
             Record::Pull { id, length, ticket } => self.on_pull(lane, id, length, ticket),
+            Record::Placed { id, length } => self.on_placed(lane, id, length),
             Record::Message { .. } | Record::Data { .. } => false,
         }
     }
@@ -442,23 +460,43 @@ impl State {
         }
     }
 
-    fn on_announce(&mut self, lane: u32, matching: u64, length: u32, id: u32) -> bool {
+    fn on_announce(
+        &mut self,
+        lane: u32,
+        matching: u64,
+        length: u32,
+        id: u32,
+        named: Option<(u32, u64)>,
+    ) -> bool {
         let Some(peer) = self.peer_of(lane) else { return false };
+        let place = match (named, self.lane(lane)) {
+            // A window that is not known is on its way, or was not taken: then the bytes come through the lane.
+            (Some((window, at)), Some(lane)) => {
+                lane.connection.view_of(window).map(|window| Place { window, at })
+            }
+            _ => None,
+        };
+        if place.as_ref().is_some_and(|place| !place.window.has(place.at, length.into())) {
+            return false;
+        }
         if let Some(slot) = self.arrive(peer, matching, length) {
-            self.pull_lane(slot, lane, id);
+            self.pull_lane(slot, lane, id, place);
         } else {
-            self.keep(Unexpected { peer, matching, length, what: Kept::OnLane { lane, id } });
+            self.keep(Unexpected { peer, matching, length, what: Kept::OnLane { lane, id, place } });
         }
         true
     }
 
-    /// Ask for a long message.
-    pub fn pull_lane(&mut self, slot: u32, lane: u32, id: u32) {
+    /// Ask for a long message, or take it where it lies.
+    pub fn pull_lane(&mut self, slot: u32, lane: u32, id: u32, place: Option<Place>) {
         let Some(request) = self.requests.at(slot) else { return };
         let (want, length) = (request.want, request.report.length);
         (request.lane, request.got) = (lane, 0);
         if self.lane(lane).is_none() {
             return self.end_receive(slot, Err(Status::EndpointClosed));
+        }
+        if let Some(place) = place.filter(|_| want > 0) {
+            return self.begin_to_place(slot, lane, id, place);
         }
         self.say(lane, Record::Pull { id, length: want, ticket: slot });
         if want == 0 {
@@ -470,6 +508,32 @@ impl State {
     /// Nothing of a long message is wanted.
     pub fn decline_lane(&mut self, lane: u32, id: u32) {
         self.say(lane, Record::Pull { id, length: 0, ticket: 0 });
+    }
+
+    /// All of a message that is wanted was taken from where it lay.
+    pub fn placed(&mut self, lane: u32, id: u32, length: u32) {
+        if let Some(lane) = self.lane(lane) {
+            lane.connection.count_placed(0, length);
+        }
+        self.say(lane, Record::Placed { id, length });
+    }
+
+    fn on_placed(&mut self, lane: u32, id: u32, length: u32) -> bool {
+        let Some(request) = self.requests.at(id) else { return false };
+        let ours = request.kind == Kind::Send && request.stage == Stage::Under && request.lane == lane;
+        // Once for each announcement, and not of one that was pulled.
+        if !ours || request.want != 0 || request.window.is_none() {
+            return false;
+        }
+        let whole = request.report.length;
+        if length == 0 || length > whole {
+            return false;
+        }
+        if let Some(lane) = self.lane(lane) {
+            lane.connection.count_placed(length, 0);
+        }
+        self.end(id, if length < whole { Status::Truncated } else { Status::Success }, length);
+        true
     }
 
     fn on_pull(&mut self, lane: u32, id: u32, length: u32, ticket: u32) -> bool {

@@ -220,6 +220,7 @@ impl Shared {
         for lane in 0..state.lanes.len() as u32 {
             came |= state.poll_lane(lane);
         }
+        came |= state.place();
         if state.card.is_some() {
             let looks = self.looks.fetch_add(1, Ordering::Relaxed);
             let waits = state.card_lane.as_ref().is_some_and(|lane| lane.poll_receive());
@@ -233,7 +234,7 @@ impl Shared {
 
     /// After a call that may have changed something: whoever sleeps looks again.
     pub fn after(&self, state: &mut State) {
-        if state.pending || state.is_stuck || state.card.is_some() {
+        if state.pending || state.is_stuck || state.card.is_some() || !state.placing.is_empty() {
             self.progress(state);
         }
         self.tell_others(state);
@@ -464,6 +465,9 @@ impl Shared {
         let mut limit = SLEEP_LIMIT;
         if state.is_still() {
             return limit;
+        }
+        if !state.placing.is_empty() {
+            limit = Duration::ZERO;
         }
         for lane in state.lanes.iter().flatten().filter(|lane| !lane.is_stuck) {
             // Also true of one that has ended: it is looked at.

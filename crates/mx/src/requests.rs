@@ -1,5 +1,8 @@
 //! Requests: what a program has asked for and not heard the end of.
 
+use std::sync::Arc;
+
+use isthmus_engine::window::Window;
 use isthmus_proto::mx::Status;
 
 use crate::buffer::Parts;
@@ -73,6 +76,8 @@ pub(crate) struct Request {
     pub lane: u32,
     pub got: u32,
     pub want: u32,
+    /// Of a send that its receiver may take where it lies: what it lies in, which is not taken back before the end.
+    pub window: Option<Arc<Window>>,
     pub report: Report,
     /// Nobody will ask about it.
     pub forgotten: bool,
@@ -102,6 +107,7 @@ impl Request {
             lane: u32::MAX,
             got: 0,
             want: 0,
+            window: None,
             report,
             forgotten: false,
             own: false,

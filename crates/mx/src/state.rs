@@ -15,6 +15,7 @@ use crate::card::Card;
 use crate::codes::{Fault, Result, Return};
 use crate::lanes::{Greeting, Lane};
 use crate::peers::{Address, Path, Peers};
+use crate::placing::{Place, Placing};
 use crate::requests::{Kind, Report, Request, RequestId, Requests, Stage};
 
 pub(crate) mod unseen;
@@ -46,6 +47,8 @@ pub(crate) enum Kept {
     OnLane {
         lane: u32,
         id: u32,
+        /// Where it lies, if this side may read it there.
+        place: Option<Place>,
     },
     OnWire {
         peer: PeerId,
@@ -78,6 +81,8 @@ pub(crate) struct State {
     pub promised: HashMap<u32, u32>,
     pub peers: Peers,
     pub lanes: Vec<Option<Lane>>,
+    /// Long messages that are being taken from where they lie.
+    pub placing: Placing,
     /// Lanes with something to send.
     pub pending: bool,
     /// A message waits for memory, which a receive may set free.
@@ -125,6 +130,7 @@ impl State {
             promised: HashMap::new(),
             peers: Peers::default(),
             lanes: Vec::new(),
+            placing: Placing::default(),
             pending: false,
             is_stuck: false,
             card: None,
@@ -158,6 +164,7 @@ impl State {
             return;
         }
         request.stage = Stage::Done;
+        request.window = None;
         request.report.status = status;
         request.report.transferred = transferred;
         let (forgotten, own, peer) = (request.forgotten, request.own, request.peer);
@@ -355,7 +362,7 @@ impl State {
         let Some(message) = self.take_kept(number) else { return };
         match message.what {
             Kept::Bytes { data, .. } => self.hand_over(slot, &data),
-            Kept::OnLane { lane, id } => self.pull_lane(slot, lane, id),
+            Kept::OnLane { lane, id, place } => self.pull_lane(slot, lane, id, place),
             Kept::OnWire { peer, large } => self.pull_wire(slot, peer, large),
             Kept::Own { send } => self.copy_own(slot, send),
         }
@@ -472,9 +479,15 @@ impl State {
 
     // ---- ends
 
-    /// Is all that was sent and need not be asked for with the peers, or in their lanes?
+    /// Is all that was sent and need not be asked for with the peers, or in their lanes? What lies in a window may be
+    /// on its way to the peer already.
     pub fn is_flushed(&self) -> bool {
-        self.buffered == 0 && self.backlog.is_empty() && self.lanes.iter().flatten().all(Lane::is_idle)
+        let lies = |request: &Request| request.stage == Stage::Under && request.window.is_some();
+        let none_lies = || !self.requests.slots().any(|(_, request)| lies(request));
+        none_lies()
+            && self.buffered == 0
+            && self.backlog.is_empty()
+            && self.lanes.iter().flatten().all(Lane::is_idle)
     }
 
     /// A lane has ended: what was under way over it ends too, and what was only announced over it. What has arrived
@@ -483,6 +496,7 @@ impl State {
         let Some(mut gone) = self.lanes.get_mut(lane as usize).and_then(Option::take) else { return };
         gone.connection.close();
         self.peers.end_lane(lane);
+        self.placing.end_lane(lane);
         for connect in gone.asked() {
             if self.requests.get(connect).is_some() {
                 self.end(connect.slot(), status, 0);

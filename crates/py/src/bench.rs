@@ -54,6 +54,7 @@ pub struct PlanDict {
     gap_s: f64,
     pages: String,
     data: String,
+    windows: bool,
 }
 
 fn duration(seconds: f64) -> PyResult<Duration> {
@@ -70,6 +71,7 @@ impl PlanDict {
             gap: duration(self.gap_s)?,
             pages: self.pages.parse().map_err(fault)?,
             data: self.data.parse().map_err(fault)?,
+            windows: self.windows,
         })
     }
 }

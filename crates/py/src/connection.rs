@@ -17,6 +17,7 @@ use pyo3::types::{PyBytes, PyList};
 
 use crate::buffer::Buffer;
 use crate::errors::to_python;
+use crate::mx::MxWindow;
 
 /// Transfers of at least so many bytes let other Python threads run meanwhile.
 const DETACH_BYTES: usize = 32 * 1024;
@@ -380,6 +381,11 @@ impl Connection {
     #[getter]
     fn pending(&self) -> usize {
         self.inner.pending()
+    }
+
+    /// The number by which the peer knows a window, if it does; if not, it is lent now.
+    fn lend(&self, window: &MxWindow) -> Option<u32> {
+        self.inner.lend(window.inner())
     }
 
     #[getter]

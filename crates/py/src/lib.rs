@@ -41,7 +41,7 @@ mod _native {
     #[pymodule_export]
     use super::living::{Living, unix_socket_kind};
     #[pymodule_export]
-    use super::mx::MxEndpoint;
+    use super::mx::{MxEndpoint, MxWindow};
     #[pymodule_export]
     use super::seat::Seat;
     #[pymodule_export]
@@ -52,7 +52,7 @@ mod _native {
     use super::switch::run_switch;
 
     #[pymodule_export]
-    use super::node::{Counters, Node, Pollable};
+    use super::node::{Counters, Node, Pollable, check_window};
 
     #[pymodule_export]
     const SMALL_DEFAULT: u32 = isthmus_engine::lane::SMALL_DEFAULT;
@@ -77,6 +77,12 @@ mod _native {
     const FEATURE_GUEST: u32 = isthmus_wire::control::FEATURE_GUEST;
     #[pymodule_export]
     const FEATURE_SOCKETS: u32 = isthmus_wire::control::FEATURE_SOCKETS;
+    #[pymodule_export]
+    const FEATURE_WINDOWS: u32 = isthmus_wire::control::FEATURE_WINDOWS;
+    #[pymodule_export]
+    const WINDOWS_MAX: usize = isthmus_wire::control::WINDOWS_MAX;
+    #[pymodule_export]
+    const WINDOW_MAX: u64 = isthmus_wire::control::WINDOW_MAX;
     #[pymodule_export]
     const CONTROL_PORT: u32 = isthmus_wire::control::CONTROL_PORT;
     #[pymodule_export]

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::os::fd::RawFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use isthmus_mx::{Address, Contexts, Endpoint, Fault, How, Options, Parts, Pattern, Report, RequestId, Wait};
+use isthmus_mx::{
+    Address, Contexts, Endpoint, Fault, How, Options, Parts, Pattern, Report, RequestId, Wait, Window,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -23,6 +25,30 @@ pub struct MxEndpoint {
     inner: Endpoint,
     buffers: Mutex<Buffers>,
     wait: Wait,
+}
+
+/// Memory that peers of this node may read where it lies. It is there while this object is.
+#[pyclass(frozen, module = "isthmus._native")]
+pub struct MxWindow(Arc<Window>);
+
+impl MxWindow {
+    pub fn inner(&self) -> &Arc<Window> {
+        &self.0
+    }
+}
+
+#[pymethods]
+impl MxWindow {
+    #[new]
+    fn new(py: Python<'_>, size: usize) -> PyResult<Self> {
+        py.detach(|| Window::new(size)).map(Self).map_err(|error| to_python(py, &error))
+    }
+
+    /// Where it begins, and its bytes.
+    #[getter]
+    fn place(&self) -> (usize, usize) {
+        (self.0.base() as usize, self.0.len())
+    }
 }
 
 fn told(report: &Report) -> Told {

@@ -5,6 +5,8 @@
 //! than the caches hold, non-temporal stores are 1.6 to 2 times faster, because the destination is
 //! not read first.
 
+use crate::parts::Dest;
+
 /// Shorter copies never use non-temporal stores, bytes.
 pub(crate) const STREAM_MIN: usize = 16 * 1024;
 /// Shorter copies never use string instructions, bytes.
@@ -40,6 +42,33 @@ impl Heat {
         self.received += len as u64;
         *slot = (block, self.received);
         !warm
+    }
+}
+
+/// Copies what lies in no ring, as received records are copied.
+pub struct Mover(Heat);
+
+impl Default for Mover {
+    fn default() -> Self {
+        Self(Heat::new())
+    }
+}
+
+impl Mover {
+    /// Fill all of `dest`.
+    ///
+    /// # Safety
+    /// As many bytes are readable at `from`, and are not those of `dest`. Another process may write them meanwhile.
+    pub unsafe fn fill(&mut self, dest: &mut Dest<'_>, from: *const u8) {
+        let mut from = from;
+        dest.take(dest.left(), |to, len| {
+            let cold = self.0.cold(to, len);
+            // SAFETY: the pieces add up to what is readable at `from`, by the caller's promise.
+            unsafe {
+                copy(from, to, len, cold);
+                from = from.add(len);
+            }
+        });
     }
 }
 

@@ -28,6 +28,7 @@ mod rx;
 pub mod sync;
 mod tx;
 
+pub use copy::Mover;
 pub use layout::Geometry;
 pub use mapped::{Mapped, Region};
 pub use parts::{Dest, Source};

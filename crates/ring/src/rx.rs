@@ -448,6 +448,12 @@ impl<S: Store, V: View> Rx<S, V> {
         Ring::Bell
     }
 
+    /// Count bytes that came on another way.
+    pub fn count(&mut self, bytes: u64) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.note();
+    }
+
     #[inline]
     fn note(&self) {
         self.store.counter(COUNTER_RX_BYTES, self.bytes);

@@ -401,6 +401,12 @@ impl<S: Store, V: View> Tx<S, V> {
         Ring::Bell
     }
 
+    /// Count bytes that reached the peer on another way.
+    pub fn count(&mut self, bytes: u64) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.note();
+    }
+
     #[inline]
     fn note(&self) {
         self.store.counter(COUNTER_TX_BYTES, self.bytes);

@@ -53,6 +53,22 @@ pub fn len(file: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0))
 }
 
+/// Take memory for all of its `len` bytes now.
+///
+/// # Errors
+/// There is not so much.
+pub fn fill(file: BorrowedFd<'_>, len: usize) -> io::Result<()> {
+    Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len as u64)?)
+}
+
+/// Is all of it there, and nothing a hole?
+pub fn is_filled(file: BorrowedFd<'_>) -> io::Result<bool> {
+    /// What `st_blocks` counts, bytes.
+    const BLOCK: i64 = 512;
+    let stat = rustix::fs::fstat(file)?;
+    Ok(stat.st_blocks.saturating_mul(BLOCK) >= stat.st_size)
+}
+
 /// Permission bits for whoever would open the file again through `/proc`.
 pub fn set_mode(file: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
     Ok(rustix::fs::fchmod(file, Mode::from_raw_mode(mode))?)

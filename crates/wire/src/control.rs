@@ -51,6 +51,13 @@ pub const FEATURE_GUEST: u32 = 1;
 /// (`connect-socket`), and so are those to its ports.
 pub const FEATURE_SOCKETS: u32 = 2;
 
+/// In `Hello.features` and `Welcome.features`: windows may be lent to this program (`window`), and it may lend some.
+pub const FEATURE_WINDOWS: u32 = 4;
+/// Windows that one side of a connection may have lent at a time.
+pub const WINDOWS_MAX: usize = 64;
+/// Longest window, bytes.
+pub const WINDOW_MAX: u64 = 1 << 32;
+
 /// Ports of the host on which the switch itself listens, for the agents of its guests.
 pub const CONTROL_PORT: u32 = 1;
 /// Only from a privileged port: whoever names pages of a guest's memory may name any.
@@ -592,6 +599,31 @@ messages! {
     FindNic = 50 "find-nic" { nic: u64, name: &'a str }
     /// broker -> this one. An address is 48 bits, its first byte on the wire the highest.
     Nic = 51 "nic" { nic: u64, domain: u32, name: &'a str }
+    /// program -> lend memory of mine to the other side of this `sealed` connection, which may read it. With a read-only
+    /// descriptor of it. Answered by `done` once the other side was told.
+    LendWindow = 52 "lend-window" {
+        connection: u64,
+        /// 1 if this side called `connect`, 0 if it accepted.
+        opener: u8,
+        /// Chosen by the lender, not 0, never used again for this connection.
+        window: u32,
+        /// Bytes, all of them there: nothing of it is a hole.
+        size: u64,
+        /// 1: the other side has it, and only a broker that was started again does not know.
+        again: u8,
+    }
+    /// broker -> the other side of this connection lends you memory. With the descriptor.
+    Window = 53 "window" {
+        connection: u64,
+        /// 1 if you called `connect`, 0 if you accepted.
+        opener: u8,
+        window: u32,
+        size: u64,
+    }
+    /// program -> nobody needs what was lent any more. Not answered.
+    TakeBackWindow = 54 "take-back-window" { connection: u64, opener: u8, window: u32 }
+    /// broker -> what was lent to you was taken back.
+    WindowGone = 55 "window-gone" { connection: u64, opener: u8, window: u32 }
 }
 
 /// Decode one packet: the request number and the message.

@@ -11,6 +11,8 @@ use crate::reader::{DecodeError, Problem, Reader};
 pub const HEADER: usize = 24;
 /// Endpoint n of a domain listens at this port and n.
 pub const PORT: u32 = 0x4D58_0000;
+/// Bytes behind the header of an announcement that names a window: where in it the message begins.
+pub const OFFSET: usize = 8;
 /// What both sides must speak.
 pub const VERSION: u8 = 1;
 
@@ -23,12 +25,15 @@ pub enum Record {
     Welcome { status: u8, session: u32 },
     /// A whole message.
     Message { matching: u64 },
-    /// A message that is sent when it is asked for, under the sender's number.
-    Announce { matching: u64, length: u32, id: u32 },
+    /// A message that is sent when it is asked for, under the sender's number. It lies in this window of the sender's, if
+    /// that is not 0; [`OFFSET`] bytes follow the header then.
+    Announce { matching: u64, length: u32, id: u32, window: u32 },
     /// Send so many bytes of it, to my ticket. 0: none are wanted.
     Pull { id: u32, length: u32, ticket: u32 },
     /// A part, in order.
     Data { ticket: u32, offset: u32 },
+    /// So many bytes of it were taken from the window where it lies; no more are wanted.
+    Placed { id: u32, length: u32 },
 }
 
 impl Record {
@@ -38,9 +43,10 @@ impl Record {
             Self::Hello { version, endpoint, session, key } => (1, version, key, endpoint.into(), session, 0),
             Self::Welcome { status, session } => (2, status, 0, 0, session, 0),
             Self::Message { matching } => (3, 0, 0, matching, 0, 0),
-            Self::Announce { matching, length, id } => (4, 0, length, matching, id, 0),
+            Self::Announce { matching, length, id, window } => (4, 0, length, matching, id, window),
             Self::Pull { id, length, ticket } => (5, 0, length, 0, id, ticket),
             Self::Data { ticket, offset } => (6, 0, 0, offset.into(), ticket, 0),
+            Self::Placed { id, length } => (7, 0, length, 0, id, 0),
         };
         let mut out = [0; HEADER];
         (out[0], out[1]) = (kind, flags);
@@ -73,9 +79,10 @@ impl Record {
             }
             2 => Self::Welcome { status: flags, session: id },
             3 => Self::Message { matching },
-            4 => Self::Announce { matching, length, id },
+            4 => Self::Announce { matching, length, id, window: more },
             5 => Self::Pull { id, length, ticket: more },
             6 => Self::Data { ticket: id, offset: narrow(&reader, "offset", u32::MAX.into())? },
+            7 => Self::Placed { id, length },
             _ => {
                 return Err(reader.error("kind", HEADER, Problem::Unknown(kind.into())));
             }
@@ -112,10 +119,12 @@ mod tests {
             ("welcome", Record::Welcome { status: 0, session: 0x5566_7788 }),
             ("wrong-key", Record::Welcome { status: 11, session: 0x5566_7788 }),
             ("message", Record::Message { matching: 0x0123_4567_89AB_CDEF }),
-            ("announce", Record::Announce { matching: 1 << 63, length: u32::MAX, id: 6 }),
+            ("announce", Record::Announce { matching: 1 << 63, length: u32::MAX, id: 6, window: 0 }),
             ("pull", Record::Pull { id: 6, length: 100_000, ticket: 9 }),
             ("not-wanted", Record::Pull { id: 6, length: 0, ticket: 0 }),
             ("data", Record::Data { ticket: 9, offset: 65536 }),
+            ("announce-in-window", Record::Announce { matching: 1 << 63, length: 100_000, id: 7, window: 3 }),
+            ("placed", Record::Placed { id: 7, length: 100_000 }),
         ];
         assert_eq!(lines.len(), meant.len());
         for (line, (name, record)) in lines.into_iter().zip(meant) {
@@ -143,7 +152,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_is_a_record_is_exactly_what_it_says(
-            kind in 0..8u8,
+            kind in 0..9u8,
             rest: [u8; HEADER - 1],
             zeros in 0..1u32 << (HEADER - 1),
         ) {

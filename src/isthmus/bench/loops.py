@@ -17,8 +17,9 @@ import zlib
 from collections import deque
 from typing import Any, Protocol
 
+from isthmus import mx
 from isthmus.bench.native import Report, report
-from isthmus.bench.transports import Job
+from isthmus.bench.transports import WINDOW, Job
 
 __all__ = ["Ahead", "Channel", "Posts", "SocketChannel", "overlap", "percentile_us", "play"]
 
@@ -191,8 +192,12 @@ def pattern(size: int) -> bytes:
 def buffer(job: Job) -> bytearray:
     """Return a filled message on pages of the size asked for.
 
-    The huge one is a view of a mapping; it is typed as the bytearray that it behaves like.
+    Some are views of mappings, typed as the bytearrays that they behave like.
     """
+    if job.case.path == WINDOW:
+        view = mx.buffer(job.size)
+        view[:] = pattern(job.size)
+        return view  # type: ignore[return-value]
     if job.case.pages == "4k":
         return bytearray(pattern(job.size))
     length = -(-job.size // HUGE_PAGE) * HUGE_PAGE

@@ -23,6 +23,7 @@ class PlanDict(TypedDict):
     gap_s: float
     pages: str
     data: str
+    windows: bool
 
 
 class _Report(TypedDict):

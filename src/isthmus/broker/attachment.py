@@ -78,6 +78,7 @@ class Attachment:
         "program",
         "report",
         "sides",
+        "takes_windows",
         "uid",
     )
 
@@ -99,6 +100,8 @@ class Attachment:
         self.program = ""
         #: Its connections, and those to its ports, are kernel sockets.
         self.brings_sockets = False
+        #: It knows what a window is.
+        self.takes_windows = False
         #: What the last `status` described; paged through by offset.
         self.report = ""
         self.sides: set[Side] = set()

@@ -20,7 +20,19 @@ SOCKET = "socket"
 class Side:
     """One end of a connection."""
 
-    __slots__ = ("attachment", "chosen", "connection", "counters", "domain", "held", "memory", "peer", "port")
+    __slots__ = (
+        "attachment",
+        "chosen",
+        "connection",
+        "counters",
+        "domain",
+        "gone",
+        "held",
+        "memory",
+        "peer",
+        "port",
+        "windows",
+    )
 
     def __init__(self, connection: Connection, domain: Domain, peer: Domain, port: int) -> None:
         self.connection = connection
@@ -34,6 +46,15 @@ class Side:
         self.held = False
         #: Whether `port` was chosen by the broker for this connection.
         self.chosen = False
+        #: Memory that this side has lent to the other: which file each number is.
+        self.windows: dict[int, tuple[int, int]] = {}
+        #: Numbers that it took back and the other side has not been told of.
+        self.gone: list[int] = []
+
+    @property
+    def other(self) -> Side:
+        connection = self.connection
+        return connection.accepter if self is connection.opener else connection.opener
 
     @property
     def _lanes(self) -> int:
@@ -52,6 +73,15 @@ class Side:
         self.domain.memory += memory - self.memory
         self.memory = memory
 
+    def lend(self, window: int, file: tuple[int, int], size: int) -> None:
+        self.windows[window] = file
+        self.domain.lend(file, size)
+
+    def take_back(self, window: int) -> None:
+        file = self.windows.pop(window, None)
+        if file is not None:
+            self.domain.take_back(file)
+
     def release(self) -> None:
         """End this side: the account, the limits, the port. Again does nothing."""
         if not self.held:
@@ -61,6 +91,8 @@ class Side:
         domain.connections -= 1
         domain.lanes -= self._lanes
         domain.memory -= self.memory
+        for window in list(self.windows):
+            self.take_back(window)
         left = domain.peers.get(self.peer.number, 1) - 1
         if left:
             domain.peers[self.peer.number] = left

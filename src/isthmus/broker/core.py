@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isthmus._native import ANY_PORT, ANYBODY, FEATURE_SOCKETS
+from isthmus._native import ANY_PORT, ANYBODY, FEATURE_SOCKETS, FEATURE_WINDOWS
 
 from .addresses import Addresses, parse
 from .answers import Fault, Refuse, bounded, shown
@@ -34,8 +34,9 @@ from .report import ENTRIES_MAX, describe_domain
 from .state import State
 from .switch import Switch
 from .tickets import Tickets
+from .windows import Windows
 
-FEATURES = FEATURE_SOCKETS
+FEATURES = FEATURE_SOCKETS | FEATURE_WINDOWS
 #: How long a new program may take to say `hello`.
 HELLO_S = 10.0
 #: A program that has read nothing for so long while messages wait loses its attachment; it may come again.
@@ -70,6 +71,7 @@ class Broker:
         self.clock = clock
         self.introductions = Introductions(self, Tickets(state.key), log, clock)
         self.kernel_sockets = KernelSockets(self)
+        self.windows = Windows(self)
         self.addresses = Addresses(self.domains.values, loop.time)
         self.switch = Switch(directory, log, loop)
         self._numbers: dict[int, Domain] = {}
@@ -87,6 +89,8 @@ class Broker:
             "connect-socket": self.kernel_sockets.handle_connect,
             "fallback": self.kernel_sockets.handle_fallback,
             "find-nic": self._find_nic,
+            "lend-window": self.windows.handle_lend,
+            "take-back-window": self.windows.handle_take_back,
             "accept": self.introductions.handle_accept,
             "refuse": self.introductions.handle_refuse,
             "close": self.introductions.handle_close,
@@ -408,6 +412,7 @@ class Broker:
         attachment.greeted = True
         attachment.program = str(fields["program"])[:80]
         attachment.brings_sockets = bool(fields["features"] & FEATURE_SOCKETS)
+        attachment.takes_windows = bool(fields["features"] & FEATURE_WINDOWS)
         attachment.send(
             "welcome",
             request,

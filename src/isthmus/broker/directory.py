@@ -124,6 +124,7 @@ class Domain:
         "traffic",
         "uid",
         "undertaker",
+        "windows",
     )
 
     def __init__(
@@ -153,6 +154,8 @@ class Domain:
         self.connections = 0
         self.lanes = 0
         self.memory = 0
+        #: Of that memory, windows, by their files: bytes, and for how many connections each is lent.
+        self.windows: dict[tuple[int, int], tuple[int, int]] = {}
         self.pending = 0
         #: Of those, with each other domain, by its number.
         self.pending_by_peer: Counter[int] = Counter()
@@ -210,6 +213,22 @@ class Domain:
         if traffic is None:
             traffic = self.traffic[path] = Traffic()
         return traffic
+
+    def lend(self, file: tuple[int, int], size: int) -> None:
+        """A window is lent for one more connection."""
+        size, count = self.windows.get(file, (size, 0))
+        self.windows[file] = (size, count + 1)
+        if not count:
+            self.memory += size
+
+    def take_back(self, file: tuple[int, int]) -> None:
+        """A window is lent for one connection less."""
+        size, count = self.windows[file]
+        if count > 1:
+            self.windows[file] = (size, count - 1)
+            return
+        del self.windows[file]
+        self.memory -= size
 
     def wait_for(self, peer: Domain, more: int) -> None:
         """`more` connections with `peer` (or fewer, if negative) wait for an answer."""

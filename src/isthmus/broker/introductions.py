@@ -406,6 +406,7 @@ class Introductions:
         if is_opener and side.port >= CHOSEN_PORTS and not taken:
             domain.chosen.add(side.port)
             side.chosen = True
+        self._broker.windows.tell(side.other)
         self.resumed += 1
         self._log_connection("resume", connection, side="opener" if is_opener else "accepter")
 

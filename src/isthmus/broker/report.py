@@ -125,6 +125,7 @@ def describe_side(broker: Broker, side: Side) -> dict[str, Any]:
         "rule": connection.rule,
         "state": "pending" if connection.pending else "open" if other.held else "half",
         "seconds": round(broker.clock() - connection.since, 3),
+        "windows": len(side.windows),
         "sent_bytes": counters[0],
         "sent_messages": counters[1],
         "received_bytes": counters[2],

@@ -11,7 +11,7 @@ use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 
 use super::{ANSWER_LIMIT, Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
 use crate::bell::Doorbell;
-use crate::connection::{Info, key};
+use crate::connection::{Connection, Info, key};
 use crate::error::{Error, Result};
 use crate::listener::Acceptor;
 use crate::lock;
@@ -91,6 +91,20 @@ impl Node {
             Message::IncomingSocket { connection, .. } => {
                 if let Err(refusal) = self.incoming_socket(&message, descriptors) {
                     self.refuse(connection, refusal);
+                }
+            }
+            Message::Window { connection, opener, window, size } => {
+                let member =
+                    lock(&self.connections).get(&key(connection, opener != 0)).and_then(Weak::upgrade);
+                if let (Some(connection), Some(file)) = (member, descriptors.first()) {
+                    connection.borrow(window, size, file, &self.lenders);
+                }
+            }
+            Message::WindowGone { connection, opener, window } => {
+                let member =
+                    lock(&self.connections).get(&key(connection, opener != 0)).and_then(Weak::upgrade);
+                if let Some(connection) = member {
+                    connection.give_back(window);
                 }
             }
             Message::Doorbell { offset, value } => {
@@ -225,7 +239,7 @@ impl Node {
             if let Ok((control, identity)) = greet(&self.door, &self.program, self.features(), ANSWER_LIMIT) {
                 let control = Arc::new(control);
                 let shown = self
-                    .show_what_we_hold(&control)
+                    .show_what_we_hold(&control, identity.windows)
                     .and_then(|shown| self.show_sockets(&control).map(|()| shown));
                 if let Ok(shown) = shown {
                     if self.set.add(control.as_fd(), TOKEN_CONTROL).is_ok() {
@@ -262,7 +276,7 @@ impl Node {
         }
     }
 
-    fn show_what_we_hold(self: &Arc<Self>, control: &Arc<OwnedFd>) -> Result<Shown> {
+    fn show_what_we_hold(self: &Arc<Self>, control: &Arc<OwnedFd>, windows: bool) -> Result<Shown> {
         let acceptors: Vec<_> =
             lock(&self.acceptors).iter().filter_map(|(key, a)| Some((*key, a.upgrade()?.terms()))).collect();
         let mut shown = Shown { ports: Vec::new(), connections: Vec::new() };
@@ -294,9 +308,30 @@ impl Node {
             if let Message::Refused { text, .. } = decode_any(&answer)? {
                 lock(&self.connections).remove(&connection.info.key());
                 connection.cut(text);
+                continue;
+            }
+            if windows {
+                self.show_windows(control, &connection)?;
             }
         }
         Ok(shown)
+    }
+
+    /// The other side has the windows that were lent; the broker counts them.
+    fn show_windows(self: &Arc<Self>, control: &Arc<OwnedFd>, connection: &Connection) -> Result<()> {
+        let (lent, gone) = connection.lent_windows();
+        for (message, window) in lent {
+            let answer = self.exchange(control, &message, &[window.file()])?;
+            if !matches!(decode_any(&answer)?, Message::Done {}) {
+                if let Some(message) = connection.lend_no_more(&window) {
+                    send(control, 0, &message, &[])?;
+                }
+            }
+        }
+        for message in gone {
+            send(control, 0, &message, &[])?;
+        }
+        Ok(())
     }
 
     /// Tell the broker what ended while it was being shown, and could not be told then.

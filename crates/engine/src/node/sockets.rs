@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use isthmus_sys::packet::{self, Shape};
-use isthmus_wire::control::{ANYBODY, FEATURE_SOCKETS, Message, Refusal, SocketKind, TICKET};
+use isthmus_wire::control::{
+    ANYBODY, FEATURE_SOCKETS, FEATURE_WINDOWS, Message, Refusal, SocketKind, TICKET,
+};
 
 use super::{Answer, Attachment, Node, decode, unexpected, wait_for};
 use crate::error::{Error, Result};
@@ -238,7 +240,7 @@ impl Node {
 
     /// What this program says of itself in `hello`.
     pub(super) fn features(&self) -> u32 {
-        if self.host.is_some() { FEATURE_SOCKETS } else { 0 }
+        if self.host.is_some() { FEATURE_SOCKETS } else { FEATURE_WINDOWS }
     }
 }
 

@@ -165,7 +165,7 @@ impl State {
         match message.what {
             // What is still coming finds no place.
             Kept::Bytes { .. } => {}
-            Kept::OnLane { lane, id } => self.decline_lane(lane, id),
+            Kept::OnLane { lane, id, .. } => self.decline_lane(lane, id),
             Kept::OnWire { peer, large } => {
                 let now = isthmus_sys::clock::now_ns();
                 let nothing = (WIRE_TICKET | number, 0);

@@ -59,6 +59,8 @@ NAMES: dict[str, str] = {
     "cacheline": "limits:Cacheline",
 }
 
+#: The path of messages that are sent from windows.
+WINDOW = "window"
 #: What `isthmus bench mx` measures, and no other unless it is named.
 BETWEEN_NODES = ("mx", "tcp-cable", "tcp-cable-10G", "tcp-cable-lossy")
 
@@ -118,6 +120,7 @@ class Job:
             gap_s=self.gap_s,
             pages=self.case.pages,
             data=self.case.data,
+            windows=self.case.path == WINDOW,
         )
 
     def as_dict(self) -> dict[str, Any]:

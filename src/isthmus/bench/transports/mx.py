@@ -17,7 +17,7 @@ from isthmus.bench.cable import LOST, Cable
 from isthmus.bench.cases import MX_BENCHES, Case, Settings
 from isthmus.bench.idle import memory_kib
 from isthmus.bench.native import Report
-from isthmus.bench.transports import Job, Setup, Transport
+from isthmus.bench.transports import WINDOW, Job, Setup, Transport
 from isthmus.bench.worker import Control
 from isthmus.card import Card
 
@@ -34,11 +34,17 @@ EACH_AHEAD = 2
 CABLES: dict[str, Callable[[], Cable]] = {
     "wire": Cable,
     "wire-10G": lambda: Cable(gigabits=10),
+    "wire-own": Cable,
+    "wire-own-10G": lambda: Cable(gigabits=10),
     "wire-lossy": lambda: Cable(lost=LOST),
 }
+#: Cards with Open-MX's own dialect, in frames as long as the cable takes.
+OWN = {"wire-own": ("--own", "9000"), "wire-own-10G": ("--own", "9000")}
+#: Paths inside a node.
+INSIDE = ("sealed", WINDOW)
 PATHS = {
     "pingpong": ("sealed", "wire", "wire-10G"),
-    "stream": ("sealed", "wire", "wire-10G"),
+    "stream": ("sealed", WINDOW, "wire", "wire-10G", "wire-own", "wire-own-10G"),
     "rate": ("sealed", "wire"),
     "overlap": ("sealed", "wire"),
     "loss": ("wire", "wire-lossy"),
@@ -55,7 +61,7 @@ class TRANSPORT(Transport):
     """Two endpoints: of two domains of a node, or of two nodes."""
 
     name = "mx"
-    paths = ("sealed", *CABLES)
+    paths = (*INSIDE, *CABLES)
     clients = ("native", "python")
     benches = MX_BENCHES
     usual_waits: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -90,14 +96,14 @@ class TRANSPORT(Transport):
         from isthmus.testing import PrivateBroker
 
         broker = stack.enter_context(PrivateBroker(("left", "right")))
-        doors = {"sealed": {"left": broker.door("left"), "right": broker.door("right")}}
+        doors = {path: {"left": broker.door("left"), "right": broker.door("right")} for path in INSIDE}
         mediators = [broker.pid]
         cards: list[int] = []
         detail: dict[str, str] = {}
         for path, lay in CABLES.items():
             if path not in settings.paths:
                 continue
-            options: tuple[str, ...] = ()
+            options: tuple[str, ...] = OWN.get(path, ())
             try:
                 cable = stack.enter_context(lay())
             except BridgeError:
@@ -164,7 +170,7 @@ def endpoint(job: Job, side: str) -> mx.Endpoint:
     path = job.case.path or "sealed"
     return mx.Endpoint(
         key=KEY,
-        wire=path != "sealed",
+        wire=path not in INSIDE,
         spin=job.case.wait == "spin",
         node=attach(job.options["doors"][path][side]),
     )
@@ -186,7 +192,7 @@ def play(job: Job, own: mx.Endpoint, peer: mx.Peer) -> Report:
     if job.load == "overlap":
         return loops.overlap(job, channel)
     if job.case.client == "native":
-        ahead = AHEAD if job.case.path != "sealed" and job.load == "stream" else 0
+        ahead = AHEAD if job.case.path not in INSIDE and job.load == "stream" else 0
         ahead = MANY if job.case.bench == "rate" else ahead
         return native.over_mx(own._native, peer._words, job.case.wait, job.part, job.plan(), ahead)
     if job.case.bench == "rate":
