@@ -1,11 +1,12 @@
 //! Windows: memory of this program that the other side of a `sealed` connection may read where it lies.
 //!
-//! A [`Window`] is like the memory of a `sealed` lane: we write it, nobody else ever can, and whoever gets its descriptor
-//! from the broker reads it. It is lent for a connection when somebody first wants to name it there ([`Connection::lend`]);
-//! until the broker has said that the other side was told, it cannot be named. What the other side lent us is a [`View`].
+//! A [`Window`] is like the memory of a `sealed` lane: we write it, nobody else ever can, and whoever gets its
+//! descriptor from the broker reads it. It is lent for a connection when somebody first wants to name it there
+//! ([`Connection::lend`]); until the broker has said that the other side was told, it cannot be named. What the other
+//! side lent us is a [`View`].
 //!
-//! All pages of a window are there before it is sealed, and behind the seals none can be taken out: so reading one never
-//! makes the kernel find memory, which would be charged to the reader.
+//! All pages of a window are there before it is sealed, and behind the seals none can be taken out: so reading one
+//! never makes the kernel find memory, which would be charged to the reader.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -345,7 +346,8 @@ impl Connection {
         Message::TakeBackWindow { connection: self.info.id, opener: u8::from(self.info.opener), window }
     }
 
-    /// What a broker that was started again must hear of: windows that are lent, and those that were taken back meanwhile.
+    /// What a broker that was started again must hear of: windows that are lent, and those that were taken back
+    /// meanwhile.
     pub(crate) fn lent_windows(&self) -> (Vec<(Message<'static>, Arc<Window>)>, Vec<Message<'static>>) {
         let (held, untold) = {
             let mut ours = lock(&self.windows().ours);

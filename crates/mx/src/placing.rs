@@ -1,8 +1,9 @@
 //! Long messages that are taken where they lie: in a window of their sender's.
 //!
-//! One copy instead of two, all of it by the receiver. A sender names the window in its announcement once the other side
-//! was told of it, and lends it when it could have named it for the first time. The receiver takes what it wants and
-//! says so; until then the sender's request has not ended, and the bytes stay as they are, if the sender is honest.
+//! One copy instead of two, all of it by the receiver. A sender names the window in its announcement once the other
+//! side was told of it, and lends it when it could have named it for the first time. The receiver takes what it wants
+//! and says so; until then the sender's request has not ended, and the bytes stay as they are, if the sender is
+//! honest.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -55,7 +56,8 @@ impl Placing {
     }
 }
 
-/// The window of ours in which a message lies, its number for the other side, and where in it; if the other side has it.
+/// The window of ours in which a message lies, its number for the other side, and where in it; if the other side has
+/// it.
 pub(crate) fn lies_in(connection: &Arc<Connection>, parts: &Parts) -> Option<(Arc<Window>, u32, u64)> {
     let (start, len) = parts.whole().filter(|(_, len)| *len >= WINDOW_MIN)?;
     let (window, at) = Window::at(start, len)?;

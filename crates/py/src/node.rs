@@ -281,7 +281,8 @@ pub fn check_window(descriptor: RawFd, size: u64) -> PyResult<()> {
     if descriptor < 0 {
         return Err(PyValueError::new_err("a descriptor is negative"));
     }
-    // SAFETY: the caller keeps the descriptor open during the call; a number that is not open makes the calls on it fail.
+    // SAFETY: the caller keeps the descriptor open during the call; a number that is not open makes the calls on it
+    // fail.
     let file = unsafe { BorrowedFd::borrow_raw(descriptor) };
     isthmus_engine::window::check(file, size).map_err(|e| PyValueError::new_err(e.to_string()))
 }

@@ -599,8 +599,8 @@ messages! {
     FindNic = 50 "find-nic" { nic: u64, name: &'a str }
     /// broker -> this one. An address is 48 bits, its first byte on the wire the highest.
     Nic = 51 "nic" { nic: u64, domain: u32, name: &'a str }
-    /// program -> lend memory of mine to the other side of this `sealed` connection, which may read it. With a read-only
-    /// descriptor of it. Answered by `done` once the other side was told.
+    /// program -> lend memory of mine to the other side of this `sealed` connection, which may read it. With a
+    /// read-only descriptor of it. Answered by `done` once the other side was told.
     LendWindow = 52 "lend-window" {
         connection: u64,
         /// 1 if this side called `connect`, 0 if it accepted.

@@ -25,8 +25,8 @@ pub enum Record {
     Welcome { status: u8, session: u32 },
     /// A whole message.
     Message { matching: u64 },
-    /// A message that is sent when it is asked for, under the sender's number. It lies in this window of the sender's, if
-    /// that is not 0; [`OFFSET`] bytes follow the header then.
+    /// A message that is sent when it is asked for, under the sender's number. It lies in this window of the
+    /// sender's, if that is not 0; [`OFFSET`] bytes follow the header then.
     Announce { matching: u64, length: u32, id: u32, window: u32 },
     /// Send so many bytes of it, to my ticket. 0: none are wanted.
     Pull { id: u32, length: u32, ticket: u32 },
