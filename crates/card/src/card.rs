@@ -132,7 +132,9 @@ impl Card {
 
     fn link(config: &Config) -> Result<Link> {
         let opening = os("opening the interface");
-        let link = Link::open(&config.interface, config.profile().ethertype).map_err(opening)?;
+        let profile = config.profile();
+        let link =
+            Link::open(&config.interface, profile.ethertype, profile.mtu() as usize).map_err(opening)?;
         if config.bypass_queue {
             link.bypass_queue(true).map_err(os("passing by the interface's queue"))?;
         }

@@ -15,8 +15,9 @@ pub type Mac = [u8; 6];
 
 /// Destination, source, ethertype.
 pub const HEADER: usize = 14;
-/// Bytes of the ring of received frames: what arrives within some milliseconds at 10 Gb/s.
-const RING: usize = 8 << 20;
+/// Bytes of the ring of received frames: what arrives within some milliseconds at 10 Gb/s, and what 64 endpoints that
+/// each have two messages of 64 KiB under way send at one time.
+const RING: usize = 16 << 20;
 /// The kernel allocates the ring in blocks; no frame crosses one.
 const BLOCK: usize = 256 * 1024;
 /// In front of each frame in the ring: the kernel's header, the sender's address, and what aligns the data behind the
@@ -62,11 +63,12 @@ impl Drop for Ring {
 }
 
 impl Link {
-    /// Open the interface `name` for frames of `ethertype`. Needs `CAP_NET_RAW`, and nothing of it afterwards.
+    /// Open the interface `name` for frames of `ethertype` that carry at most `longest` bytes behind their Ethernet header;
+    /// longer ones are not heard. Needs `CAP_NET_RAW`, and nothing of it afterwards.
     ///
     /// # Errors
     /// There is no such interface, it is no Ethernet, or this process may not.
-    pub fn open(name: &str, ethertype: u16) -> io::Result<Self> {
+    pub fn open(name: &str, ethertype: u16, longest: usize) -> io::Result<Self> {
         // Without a protocol it hears nothing until it is bound.
         let socket = raw_socket()?;
         let mut request = request(name)?;
@@ -81,7 +83,7 @@ impl Link {
         let _ = set(socket.as_fd(), libc::PACKET_IGNORE_OUTGOING, &1i32);
         let version = libc::tpacket_versions::TPACKET_V2 as libc::c_int;
         set(socket.as_fd(), libc::PACKET_VERSION, &version)?;
-        let ring = Ring::map(socket.as_fd(), mtu)?;
+        let ring = Ring::map(socket.as_fd(), mtu.min(longest))?;
         bind(socket.as_fd(), index, ethertype)?;
         Ok(Self { socket, index, mac, mtu, ring, dropped: AtomicU64::new(0) })
     }
@@ -246,8 +248,8 @@ impl Slot<'_> {
 }
 
 impl Ring {
-    fn map(socket: BorrowedFd<'_>, mtu: usize) -> io::Result<Self> {
-        let slot = (LEAD + HEADER + mtu).next_multiple_of(SLOT_MULTIPLE).clamp(2048, BLOCK);
+    fn map(socket: BorrowedFd<'_>, longest: usize) -> io::Result<Self> {
+        let slot = (LEAD + HEADER + longest).next_multiple_of(SLOT_MULTIPLE).clamp(2048, BLOCK);
         let slots = BLOCK / slot * (RING / BLOCK);
         let request = libc::tpacket_req {
             tp_block_size: BLOCK as u32,

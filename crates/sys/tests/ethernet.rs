@@ -60,8 +60,8 @@ fn next(link: &mut Link) -> Vec<u8> {
 #[test]
 fn frames_arrive_whole_and_for_any_address() {
     with_cable(9000, || {
-        let mut one = Link::open("one", TYPE).expect("an interface");
-        let mut two = Link::open("two", TYPE).expect("an interface");
+        let mut one = Link::open("one", TYPE, 9000).expect("an interface");
+        let mut two = Link::open("two", TYPE, 9000).expect("an interface");
         assert_eq!((one.mtu(), one.is_up().expect("a state")), (9000, true));
         assert_ne!((one.index(), one.mac()), (two.index(), two.mac()));
         let elsewhere = [2, 0, 0, 0, 0, 9];
@@ -92,8 +92,8 @@ fn frames_arrive_whole_and_for_any_address() {
 #[test]
 fn what_finds_no_room_is_counted() {
     with_cable(1500, || {
-        let one = Link::open("one", TYPE).expect("an interface");
-        let mut two = Link::open("two", TYPE).expect("an interface");
+        let one = Link::open("one", TYPE, 9000).expect("an interface");
+        let mut two = Link::open("two", TYPE, 9000).expect("an interface");
         let mut sent = 0;
         while two.dropped().expect("a count") == 0 {
             assert!(sent < 100_000, "the ring has no end");
@@ -108,9 +108,9 @@ fn what_finds_no_room_is_counted() {
 fn what_is_no_interface_is_refused() {
     with_cable(1500, || {
         for name in ["none", "", "a-name-longer-than-any", "o\0e"] {
-            assert!(Link::open(name, TYPE).is_err(), "{name:?}");
+            assert!(Link::open(name, TYPE, 9000).is_err(), "{name:?}");
         }
-        let one = Link::open("one", TYPE).expect("an interface");
+        let one = Link::open("one", TYPE, 9000).expect("an interface");
         assert!(Command::new("ip").args(["link", "del", "two"]).status().expect("ip").success());
         assert!(one.is_up().is_err());
         assert!(one.send(&frame([2; 6], one.mac(), TYPE, 50)).is_err());
