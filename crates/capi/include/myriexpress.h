@@ -16,7 +16,11 @@
 #define MYRIEXPRESS_H
 
 #include <stddef.h>
-#include <inttypes.h>
+#if defined(__STDC_HOSTED__) && !__STDC_HOSTED__
+#include <stdint.h>
+#else
+#include <inttypes.h> /* Programs print the numbers below as it says. */
+#endif
 
 #ifdef __cplusplus
 extern "C" {
