@@ -276,6 +276,18 @@ impl Supervisor {
         }
     }
 
+    /// Its opener believes that it is connected, and its listener has no room just now.
+    pub(crate) fn knock_again(&self, visitor: Box<Visitor>) {
+        let now = Instant::now();
+        {
+            let mut state = self.state();
+            let token = state.new_token();
+            let held = Held { visitor, until: now + KNOCKING, knock_at: Some(now + AGAIN), asked: false };
+            state.held.insert(token, held);
+        }
+        self.wake();
+    }
+
     fn turn_away(&self, visitor: &Visitor, refusal: Refusal, asked: bool) {
         let Granted { connection, peer_name, .. } = &visitor.brought.granted;
         self.say(|| format!("accept from {peer_name}: ended: {refusal:?}"));

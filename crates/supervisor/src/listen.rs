@@ -475,7 +475,9 @@ impl Supervisor {
             Err(error) => {
                 // Interrupted, or without room for one more open file: whoever accepts next gets it.
                 if let Ok(bound) = inet::local_address(listener.as_fd()).map(canonical) {
-                    let _ = self.knock(reachable(bound), waiting);
+                    if let Err((_, Waiting::Neighbour(visitor))) = self.knock(reachable(bound), waiting) {
+                        self.knock_again(visitor);
+                    }
                 }
                 Verdict::Is(Answer::Errno(error.raw_os_error().unwrap_or(libc::EMFILE)))
             }
