@@ -21,6 +21,8 @@ use crate::target;
 
 /// A knock crosses no wire. One that takes longer waits for room in the listener's backlog.
 const KNOCK_LIMIT: Duration = Duration::from_millis(3);
+/// Knocks that took too long and are remembered.
+const GIVEN_UP_MAX: usize = 1024;
 /// A listening TCP socket of a supervised program.
 pub(crate) struct Listener {
     pub address: SocketAddr,
@@ -280,6 +282,7 @@ impl Supervisor {
         let token = {
             let mut state = self.state();
             let token = state.new_token();
+            state.given_up.remove(&from);
             state.knocks.insert(from, Knock { _socket: socket, waiting, token });
             token
         };
@@ -292,7 +295,14 @@ impl Supervisor {
             // Not before: what is not connected yet counts as hung up.
             .and_then(|()| self.set.add(copy.as_fd(), token));
         let Err(error) = completed else { return Ok(()) };
-        let knock = self.state().knocks.remove(&from);
+        let knock = {
+            let mut state = self.state();
+            let knock = state.knocks.remove(&from);
+            if knock.is_some() && state.given_up.len() < GIVEN_UP_MAX {
+                state.given_up.insert(from);
+            }
+            knock
+        };
         // Or it was accepted all the same.
         knock.map_or(Ok(()), |knock| Err((error, knock.waiting)))
     }
@@ -412,6 +422,10 @@ impl Supervisor {
                     return Some(Verdict::Is(Answer::Errno(error.raw_os_error().unwrap_or(libc::EAGAIN))));
                 }
             };
+            if self.state().given_up.remove(&canonical(from)) {
+                // A knock that took too long, and is nobody any more.
+                continue;
+            }
             let knock = self.state().knocks.remove(&canonical(from));
             let waiting = match knock {
                 Some(knock) => {

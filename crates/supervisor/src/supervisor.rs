@@ -78,6 +78,8 @@ pub(crate) struct State {
     pub leases: HashMap<u16, Lease>,
     /// Our own connections to listeners, by where they come from.
     pub knocks: HashMap<SocketAddr, Knock>,
+    /// Those that took too long: they may be accepted yet, and are nobody.
+    pub given_up: HashSet<SocketAddr>,
     pub accepts: Vec<Accept>,
     /// Listeners of programs that cannot be looked into: who accepts there is not seen.
     pub hidden: HashSet<u64>,
