@@ -535,21 +535,20 @@ def test_many_endpoints_of_a_card_are_measured_one_by_one() -> None:
 def test_a_lossy_cable_loses_what_it_says() -> None:
     count = 4000
     with Cable(lost=LOST) as cable:
-        counting = subprocess.Popen(
-            [*cable.prefix("right"), sys.executable, "-c", COUNT, cable.right_address],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert counting.stdout is not None
-        port = counting.stdout.readline().strip()
-        in_namespace(cable, "left", sys.executable, "-c", TELL, cable.right_address, port, str(count))
-        arrived = int(counting.communicate()[0])
+        command = [*cable.prefix("right"), sys.executable, "-c", COUNT, cable.right_address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as counting:
+            assert counting.stdout is not None
+            port = counting.stdout.readline().strip()
+            in_namespace(cable, "left", sys.executable, "-c", TELL, cable.right_address, port, str(count))
+            arrived = int(counting.communicate()[0])
     assert 0.97 * count < arrived < 0.999 * count
 
 
 COUNT = """
 import socket, sys
+SO_RCVBUFFORCE = 33
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as heard:
+    heard.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
     heard.bind((sys.argv[1], 0))
     print(heard.getsockname()[1], flush=True)
     heard.settimeout(10)
@@ -559,18 +558,19 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as heard:
         count += 1
     print(count)
 """
-# Forty at a time, as many as any socket holds; the end is said often enough to be heard.
+# Forty at a time, as many as any queue on the way holds; the end is said often enough to be heard. The socket is not
+# connected: it is not told that whoever heard the first end is gone.
 TELL = """
 import socket, sys, time
+to = sys.argv[1], int(sys.argv[2])
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as told:
-    told.connect((sys.argv[1], int(sys.argv[2])))
     for number in range(int(sys.argv[3])):
-        told.send(b"x")
+        told.sendto(b"x", to)
         if number % 40 == 0:
             time.sleep(0.002)
     time.sleep(0.1)
     for _ in range(5):
-        told.send(b"end")
+        told.sendto(b"end", to)
 """
 
 

@@ -31,10 +31,10 @@ const PLACES_MAX: usize = 256;
 /// How long the listening side holds one that is not used; the opening side has given it up long before.
 const HELD: Duration = Duration::from_secs(10);
 /// How long it tries to knock for one that is used: a listener's backlog may be full for a moment. And between attempts.
-const KNOCKING: Duration = Duration::from_secs(10);
+pub(crate) const KNOCKING: Duration = Duration::from_secs(10);
 /// The same for one that was not made ahead: its opener goes to TCP then, and may do no better there.
 const ASKING: Duration = Duration::from_secs(1);
-const AGAIN: Duration = Duration::from_millis(20);
+pub(crate) const AGAIN: Duration = Duration::from_millis(20);
 
 /// A place that is connected to.
 #[derive(Default)]

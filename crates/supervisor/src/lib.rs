@@ -8,7 +8,7 @@
 //! to the listener, from its own network. So it is ready in whatever way the program waits, in the kernel's order and
 //! within the program's backlog; when the program accepts the knock, it gets the neighbour's socket.
 //!
-//! Read in this order: [`filter`], [`supervisor`], [`connect`], [`listen`], [`questions`], [`epoll`].
+//! Read in this order: [`filter`], [`supervisor`], [`connect`], [`listen`], [`knocks`], [`questions`], [`epoll`].
 
 pub mod address;
 mod ahead;
@@ -16,6 +16,7 @@ pub mod connect;
 pub mod epoll;
 mod fallback;
 pub mod filter;
+mod knocks;
 pub mod ledger;
 pub mod listen;
 pub mod questions;

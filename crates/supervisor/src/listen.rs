@@ -16,13 +16,16 @@ use isthmus_sys::seccomp::{self, Answer, Call, Place};
 use isthmus_wire::control::Refusal;
 
 use crate::address::{self, NOBODYS, canonical};
+use crate::ahead::{AGAIN, KNOCKING};
+use crate::knocks::{Knock, Waiting};
 use crate::supervisor::{ANSWER_LIMIT, Exchanged, Supervisor, Verdict};
 use crate::target;
 
 /// A knock crosses no wire. One that takes longer waits for room in the listener's backlog.
 const KNOCK_LIMIT: Duration = Duration::from_millis(3);
-/// Knocks that took too long and are remembered.
-const GIVEN_UP_MAX: usize = 1024;
+/// How long one that was ended may take to be seen at its end, where softirqs wait for their turn.
+const ENDING: Duration = Duration::from_millis(20);
+
 /// A listening TCP socket of a supervised program.
 pub(crate) struct Listener {
     pub address: SocketAddr,
@@ -41,43 +44,19 @@ pub(crate) struct Lease {
     backlog: u32,
 }
 
-/// What a knock stands for.
-pub(crate) enum Waiting {
-    Neighbour(Box<Visitor>),
-    /// A TCP connection that was accepted for somebody who was interrupted just then.
-    Tcp(OwnedFd, SocketAddr),
+/// A TCP connection that was accepted for somebody who was interrupted, and whose listener has no room for its knock.
+pub(crate) struct PutOff {
+    socket: OwnedFd,
+    from: SocketAddr,
+    listener: SocketAddr,
+    pub knock_at: Instant,
+    until: Instant,
 }
 
-pub(crate) struct Knock {
-    /// Our end; closing it would end the knock.
-    _socket: OwnedFd,
-    pub waiting: Waiting,
-    /// What the loop calls it: it hears when the listener is closed.
-    pub token: u64,
-}
-
-impl Knock {
-    /// The connection that waits.
-    pub fn connection(&self) -> Option<u64> {
-        match &self.waiting {
-            Waiting::Neighbour(visitor) => Some(visitor.brought.granted.connection),
-            Waiting::Tcp(..) => None,
-        }
-    }
-
-    /// The port that it is for, unless it is TCP's own.
-    pub fn port(&self) -> Option<u32> {
-        match &self.waiting {
-            Waiting::Neighbour(visitor) => Some(visitor.brought.granted.port),
-            Waiting::Tcp(..) => None,
-        }
-    }
-
-    /// For a broker that was started again: a copy of the socket that waits.
-    pub fn brought(&self) -> Option<Brought> {
-        let Waiting::Neighbour(visitor) = &self.waiting else { return None };
-        let Brought { socket, granted } = &visitor.brought;
-        Some(Brought { socket: socket.try_clone().ok()?, granted: granted.clone() })
+impl PutOff {
+    fn new(socket: OwnedFd, from: SocketAddr, listener: SocketAddr) -> Self {
+        let now = Instant::now();
+        Self { socket, from, listener, knock_at: now + AGAIN, until: now + KNOCKING }
     }
 }
 
@@ -282,8 +261,7 @@ impl Supervisor {
         let token = {
             let mut state = self.state();
             let token = state.new_token();
-            state.given_up.remove(&from);
-            state.knocks.insert(from, Knock { _socket: socket, waiting, token });
+            state.knocks.insert(from, Knock { socket, waiting, token });
             token
         };
         // A byte that nobody reads: some listeners want to see one, and a connection that is closed with something
@@ -295,23 +273,38 @@ impl Supervisor {
             // Not before: what is not connected yet counts as hung up.
             .and_then(|()| self.set.add(copy.as_fd(), token));
         let Err(error) = completed else { return Ok(()) };
-        let knock = {
+        let waiting = {
             let mut state = self.state();
-            let knock = state.knocks.remove(&from);
-            if knock.is_some() && state.given_up.len() < GIVEN_UP_MAX {
-                state.given_up.insert(from);
-            }
-            knock
+            // Who accepts it from now on meets a connection that has ended.
+            drop(copy);
+            state.knocks.end(from)
         };
         // Or it was accepted all the same.
-        knock.map_or(Ok(()), |knock| Err((error, knock.waiting)))
+        waiting.map_or(Ok(()), |waiting| Err((error, waiting)))
+    }
+
+    fn put_off(&self, one: PutOff) {
+        self.state().put_off.push(one);
+        self.wake();
+    }
+
+    /// Knock again for those whose listener had no room. Whose listener is gone, or stays full, is reset.
+    pub(crate) fn look_after_put_off(&self, now: Instant) {
+        let due = self.state().put_off.extract_where(|one| one.knock_at <= now);
+        for PutOff { socket, from, listener, until, .. } in due {
+            let knocked = self.knock(listener, Waiting::Tcp(socket, from));
+            if let Err((error, Waiting::Tcp(socket, from))) = knocked {
+                if error.kind() == io::ErrorKind::WouldBlock && now < until {
+                    let again = PutOff { socket, from, listener, knock_at: now + AGAIN, until };
+                    self.state().put_off.push(again);
+                }
+            }
+        }
     }
 
     /// The listener of a knock was closed, or its program is gone: so is who waited.
     pub(crate) fn knock_over(&self, token: u64) -> bool {
-        let mut state = self.state();
-        let from = state.knocks.iter().find(|(_, knock)| knock.token == token).map(|(from, _)| *from);
-        from.is_some_and(|from| state.knocks.remove(&from).is_some())
+        self.state().knocks.end_where(|knock| knock.token == token) > 0
     }
 
     /// Whoever waits in `accept` at what is no listener of ours any more goes on without us.
@@ -422,11 +415,15 @@ impl Supervisor {
                     return Some(Verdict::Is(Answer::Errno(error.raw_os_error().unwrap_or(libc::EAGAIN))));
                 }
             };
-            if self.state().given_up.remove(&canonical(from)) {
-                // A knock that took too long, and is nobody any more.
+            let (knock, may_be_over) = {
+                let mut state = self.state();
+                let knock = state.knocks.accepted(canonical(from));
+                let may_be_over = knock.is_none() && state.knocks.may_be_over(canonical(from));
+                (knock, may_be_over)
+            };
+            if may_be_over && inet::hangs_up(tcp.as_fd(), ENDING) {
                 continue;
             }
-            let knock = self.state().knocks.remove(&canonical(from));
             let waiting = match knock {
                 Some(knock) => {
                     // Its byte is unread: the connection is reset, and our end is not left over.
@@ -489,8 +486,13 @@ impl Supervisor {
             Err(error) => {
                 // Interrupted, or without room for one more open file: whoever accepts next gets it.
                 if let Ok(bound) = inet::local_address(listener.as_fd()).map(canonical) {
-                    if let Err((_, Waiting::Neighbour(visitor))) = self.knock(reachable(bound), waiting) {
-                        self.knock_again(visitor);
+                    let listener = reachable(bound);
+                    match self.knock(listener, waiting) {
+                        Ok(()) => {}
+                        Err((_, Waiting::Neighbour(visitor))) => self.knock_again(visitor),
+                        Err((_, Waiting::Tcp(socket, from))) => {
+                            self.put_off(PutOff::new(socket, from, listener))
+                        }
                     }
                 }
                 Verdict::Is(Answer::Errno(error.raw_os_error().unwrap_or(libc::EMFILE)))

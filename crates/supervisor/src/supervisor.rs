@@ -21,8 +21,9 @@ use crate::ahead::{Ahead, Held};
 use crate::connect::{Connect, HIDDEN, Routes};
 use crate::epoll::Polls;
 use crate::fallback::Fallbacks;
+use crate::knocks::{Knock, Knocks};
 use crate::ledger::{self, Ledger};
-use crate::listen::{Accept, Knock, Lease, Listener};
+use crate::listen::{Accept, Lease, Listener, PutOff};
 use crate::target;
 
 const TOKEN_CALLS: u64 = 0;
@@ -77,9 +78,8 @@ pub(crate) struct State {
     pub listeners: HashMap<u64, Listener>,
     pub leases: HashMap<u16, Lease>,
     /// Our own connections to listeners, by where they come from.
-    pub knocks: HashMap<SocketAddr, Knock>,
-    /// Those that took too long: they may be accepted yet, and are nobody.
-    pub given_up: HashSet<SocketAddr>,
+    pub knocks: Knocks,
+    pub put_off: Vec<PutOff>,
     pub accepts: Vec<Accept>,
     /// Listeners of programs that cannot be looked into: who accepts there is not seen.
     pub hidden: HashSet<u64>,
@@ -195,7 +195,9 @@ impl Supervisor {
                 let leases = state.leases.values().filter_map(|lease| lease.until);
                 let accepts = state.accepts.iter().filter_map(|accept| accept.until);
                 let ahead = state.held.values().map(Held::next).chain(state.ahead.next());
-                until = connects.chain(leases).chain(accepts).chain(ahead).fold(until, Instant::min);
+                let put_off = state.put_off.iter().map(|one| one.knock_at);
+                let all = connects.chain(leases).chain(accepts).chain(ahead).chain(put_off);
+                until = all.fold(until, Instant::min);
             }
             events.clear();
             match self.set.wait(Some(until.saturating_duration_since(now)), &mut events) {
@@ -379,6 +381,7 @@ impl Supervisor {
             self.settle(connect.call, Verdict::Fallback(connect.address, why));
         }
         self.look_after_held(now);
+        self.look_after_put_off(now);
         self.give_up_leases(now);
         self.give_up_accepts(now);
     }
@@ -460,18 +463,15 @@ impl Supervisor {
             return;
         }
         let is_of = |connection: Option<u32>| connection.is_some_and(|port| ports.contains(&(port as u16)));
-        let knocks: Vec<Knock> = {
+        {
             let mut state = self.state();
             for port in &ports {
                 let nowhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), *port);
                 state.fallbacks.count(nowhere, false, &format!("listen: {HIDDEN}"));
             }
             state.held.retain(|_, held| !is_of(Some(held.port())));
-            let meant = state.knocks.iter().filter(|(_, knock)| is_of(knock.port())).map(|(from, _)| *from);
-            let meant: Vec<SocketAddr> = meant.collect();
-            meant.iter().filter_map(|from| state.knocks.remove(from)).collect()
-        };
-        drop(knocks);
+            state.knocks.end_where(|knock| is_of(knock.port()));
+        }
         for port in &ports {
             self.give_back_unused(*port);
             self.say(|| format!("listen on port {port}: TCP alone: {HIDDEN}"));
@@ -486,13 +486,13 @@ impl Supervisor {
             // As where container runtimes refuse them: programs that could make use of one do without.
             return Verdict::Is(Answer::Errno(libc::ENOSYS));
         }
-        let (leases, knocks) = {
+        let leases = {
             let mut state = self.state();
             state.rings = true;
             state.listeners.clear();
-            (std::mem::take(&mut state.leases), std::mem::take(&mut state.knocks))
+            state.knocks.end_where(|_| true);
+            std::mem::take(&mut state.leases)
         };
-        drop(knocks);
         for (port, lease) in leases {
             for id in lease.waiting {
                 self.answer(id, Answer::Value(0));
@@ -530,7 +530,7 @@ impl Host for Engine {
         drop(state);
         {
             let mut state = self.0.state();
-            state.knocks.retain(|_, knock| knock.connection() != Some(connection));
+            state.knocks.end_where(|knock| knock.connection() == Some(connection));
             state.held.retain(|_, held| held.connection() != connection);
             state.ahead.cut(connection);
         }
@@ -561,7 +561,7 @@ impl Host for Engine {
     fn held(&self) -> Vec<Brought> {
         let mut queued: Vec<Brought> = {
             let state = self.0.state();
-            let knocks = state.knocks.values().filter_map(Knock::brought);
+            let knocks = state.knocks.standing().filter_map(Knock::brought);
             knocks.chain(state.held.values().filter_map(Held::brought)).collect()
         };
         let inodes: HashSet<u64> = self.0.state().exchanged.keys().copied().collect();

@@ -119,6 +119,16 @@ pub fn unix_shape(fd: BorrowedFd<'_>) -> Option<super::packet::Shape> {
     }
 }
 
+/// Has the other side of a connection ended it, or does it within a little time? Whatever it sent stays unread.
+#[must_use]
+pub fn hangs_up(socket: BorrowedFd<'_>, limit: Duration) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec};
+    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+    // The other flags of an end come unasked.
+    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
+    rustix::event::poll(&mut fds, Some(&limit)).is_ok_and(|count| count > 0)
+}
+
 /// Take a connection that waits, blocking, with where it comes from.
 pub fn accept(socket: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
     let (accepted, address) = rustix::net::acceptfrom_with(socket, SocketFlags::CLOEXEC)?;
@@ -225,4 +235,24 @@ pub fn own_addresses() -> io::Result<Vec<IpAddr>> {
     // SAFETY: allocated by `getifaddrs` above, and not used any more.
     unsafe { libc::freeifaddrs(first) };
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_connection_is_seen_behind_what_was_sent() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        client.write_all(&[0]).expect("sent");
+        let (accepted, _) = accept(listener.as_fd()).expect("accepted");
+        assert!(!hangs_up(accepted.as_fd(), Duration::from_millis(1)));
+        drop(client);
+        assert!(hangs_up(accepted.as_fd(), Duration::from_secs(10)));
+    }
 }
