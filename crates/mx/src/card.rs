@@ -14,8 +14,8 @@ use isthmus_proto::mx::wire::{Above, Arrival, Body, Config, Large, Limits, PeerI
 use isthmus_wire::card::{self, FRAME_HEAD as FRONT, Opening, RECORD_MAX};
 use isthmus_wire::control::SocketKind;
 use isthmus_wire::mxoe::{
-    Frame, Head, INDEX_UNKNOWN, OWN_MTU, Profile, REPLY_HEAD_LEN, ReplyHead, decode, encode, mac_of,
-    nic_of_mac,
+    ETHERNET_LEN, Frame, Head, INDEX_UNKNOWN, OWN_MTU, Profile, REPLY_HEAD_LEN, ReplyHead, decode, encode,
+    mac_of, nic_of_mac,
 };
 
 use crate::buffer::Parts;
@@ -270,7 +270,8 @@ impl Above for State {
         if !self.backlog.is_empty() {
             return 0;
         }
-        AHEAD.saturating_sub(lane.in_flight()) / 4608
+        let longest = self.profile.map_or(AHEAD, |profile| profile.mtu() as usize + ETHERNET_LEN);
+        AHEAD.saturating_sub(lane.in_flight()) / longest
     }
 
     fn transmit(&mut self, to: u64, frame: &Frame<'_>) {

@@ -13,8 +13,8 @@ use crate::writer::{EncodeError, Writer};
 pub const DOMAIN: &str = "card";
 /// Where the card listens.
 pub const PORT: u32 = 19_800;
-/// No record is longer, bytes.
-pub const RECORD_MAX: usize = 16 * 1024;
+/// No record is longer, bytes: the longest frame that an interface can carry, and what stands in front of it.
+pub const RECORD_MAX: usize = 66 * 1024;
 /// Longest name of a station, bytes.
 pub const NAME_MAX: usize = 80;
 /// Longest name of a counter, bytes.

@@ -86,10 +86,16 @@ impl Profile {
     }
 
     /// Open-MX's own, for interfaces that carry so many bytes behind the Ethernet header: [`OWN_MTU`].
+    ///
+    /// Its makers knew no frames beyond 9,216 bytes; for those there is nobody to agree with but ourselves, and a pull
+    /// asks for fewer of them.
     #[must_use]
     pub const fn own(mtu: u16) -> Self {
         const MEDIUM: u16 = 48;
         const REPLY: u16 = 32;
+        const KNOWN_MAX: u16 = 9216;
+        const REPLIES: u8 = 32;
+        const BLOCK: u32 = 288 << 10;
         let fits = mtu.saturating_sub(MEDIUM);
         let fragment = if fits <= 4096 {
             fits
@@ -98,19 +104,14 @@ impl Profile {
         } else {
             4096
         };
-        Self {
-            dialect: Dialect::Own,
-            ethertype: ETHERTYPE,
-            fragment,
-            fragments: 32,
-            reply: mtu.saturating_sub(REPLY),
-            replies: 32,
-        }
+        let reply = mtu.saturating_sub(REPLY);
+        let replies = if mtu <= KNOWN_MAX { REPLIES } else { (BLOCK / reply as u32) as u8 };
+        Self { dialect: Dialect::Own, ethertype: ETHERTYPE, fragment, fragments: 32, reply, replies }
     }
 }
 
 /// MTUs that [`Profile::own`] has a sense for.
-pub const OWN_MTU: core::ops::RangeInclusive<u16> = 576..=9216;
+pub const OWN_MTU: core::ops::RangeInclusive<u16> = 576..=65535;
 
 /// The first byte of the wire is the uppermost of 48 bits.
 #[must_use]

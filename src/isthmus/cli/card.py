@@ -12,8 +12,8 @@ from .output import Problem
 
 
 def _own(_: click.Context, __: click.Parameter, value: int) -> int:
-    if value and not 576 <= value <= 9216:
-        raise click.BadParameter(f"{value}: from 576 to 9216, or 0 for the dialect of MX")
+    if value and not 576 <= value <= 65535:
+        raise click.BadParameter(f"{value}: from 576 to 65535, or 0 for the dialect of MX")
     return value
 
 

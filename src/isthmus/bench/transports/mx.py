@@ -30,21 +30,29 @@ AHEAD = 4
 MANY = 32
 #: Messages of each of many endpoints that are under way at a time.
 EACH_AHEAD = 2
+#: The largest MTU of a virtual cable; no real one has it.
+LONGEST = 65535
 #: Paths and their cables.
 CABLES: dict[str, Callable[[], Cable]] = {
     "wire": Cable,
     "wire-10G": lambda: Cable(gigabits=10),
     "wire-own": Cable,
     "wire-own-10G": lambda: Cable(gigabits=10),
+    "wire-64K": lambda: Cable(LONGEST),
+    "wire-64K-10G": lambda: Cable(LONGEST, gigabits=10),
     "wire-lossy": lambda: Cable(lost=LOST),
 }
 #: Cards with Open-MX's own dialect, in frames as long as the cable takes.
-OWN = {"wire-own": ("--own", "9000"), "wire-own-10G": ("--own", "9000")}
+OWN = {
+    path: ("--own", str(mtu))
+    for name, mtu in (("wire-own", 9000), ("wire-64K", LONGEST))
+    for path in (name, f"{name}-10G")
+}
 #: Paths inside a node.
 INSIDE = ("sealed", WINDOW)
 PATHS = {
     "pingpong": ("sealed", "wire", "wire-10G"),
-    "stream": ("sealed", WINDOW, "wire", "wire-10G", "wire-own", "wire-own-10G"),
+    "stream": ("sealed", WINDOW, "wire", "wire-10G", "wire-own", "wire-own-10G", "wire-64K", "wire-64K-10G"),
     "rate": ("sealed", "wire"),
     "overlap": ("sealed", "wire"),
     "loss": ("wire", "wire-lossy"),
