@@ -138,7 +138,7 @@ def test_frames_that_are_lost_come_again(ppm: int) -> None:
         everything(a, c)
 
 
-@pytest.mark.parametrize("mtu", [9000, 1500])
+@pytest.mark.parametrize("mtu", [65535, 9000, 1500])
 def test_the_other_dialect_works_too(mtu: int) -> None:
     with Nodes("--own", str(mtu), mtu=mtu) as nodes, nodes.endpoint("a") as a, nodes.endpoint("c") as c:
         everything(a, c)
@@ -392,7 +392,7 @@ def test_another_dialect_ends_what_was_under_way() -> None:
         exchange(a, c, a.connect(c.nic, c.id, KEY, LIMIT_S), 100_000, sync=False)
 
 
-@pytest.mark.parametrize("mtu", ["1", "575", "9217", "70000", "-1"])
+@pytest.mark.parametrize("mtu", ["1", "575", "65536", "-1"])
 def test_a_dialect_of_no_sense_is_refused(mtu: str) -> None:
     words = [sys.executable, "-m", "isthmus", "card", "--interface", "lo", "--own", mtu]
     done = subprocess.run(words, text=True, capture_output=True, timeout=LIMIT_S)

@@ -5,7 +5,7 @@ use isthmus_wire::mxoe::{Frame, Profile, decode, encode};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500)] {
+    for profile in [Profile::WIRE, Profile::own(9000), Profile::own(65535), Profile::own(1500)] {
         let Ok((head, frame)) = decode(bytes, &profile) else { continue };
         let data = match frame {
             Frame::Tiny { data, .. } | Frame::Small { data, .. } | Frame::Medium { data, .. } => data,

@@ -129,6 +129,12 @@ fn what_the_other_dialect_says_is_something_else() {
 fn sizes_follow_the_mtu() {
     let of = |mtu| (Profile::own(mtu).fragment, Profile::own(mtu).reply);
     assert_eq!((of(9000), of(1500), of(4144)), ((8192, 8968), (1452, 1468), (4096, 4112)));
+    assert_eq!(of(65535), (8192, 65503));
+    for mtu in [9000, 9216, 9217, 65535] {
+        let Profile { reply, replies, .. } = Profile::own(mtu);
+        let block = u32::from(reply) * u32::from(replies);
+        assert!((256 << 10..=288 << 10).contains(&block), "{mtu}: {block}");
+    }
 }
 
 #[test]

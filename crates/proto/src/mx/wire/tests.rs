@@ -4,7 +4,7 @@ use alloc::collections::{BTreeMap, BinaryHeap, VecDeque};
 use alloc::vec;
 use core::cmp::Reverse;
 
-use isthmus_wire::mxoe::{Head, decode, encode};
+use isthmus_wire::mxoe::{ETHERNET_LEN, Head, decode, encode};
 use proptest::prelude::*;
 
 use super::*;
@@ -74,7 +74,7 @@ impl Above for Program {
             ethertype: profile.ethertype,
             peer_index: INDEX_UNKNOWN,
         };
-        let mut bytes = [0; 10_000];
+        let mut bytes = vec![0; profile.mtu() as usize + ETHERNET_LEN];
         let len = encode(&head, frame, &profile, &mut bytes).expect("what is sent can be encoded");
         self.out.push((to, bytes[..len].to_vec()));
     }
@@ -343,7 +343,7 @@ fn exchange(seed: u64, weather: Weather, profile: Profile, lengths: &[u32]) -> N
 
 #[test]
 fn every_length_arrives() {
-    for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500)] {
+    for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500), Profile::own(65535)] {
         let net = exchange(1, CLEAR, profile, &LENGTHS);
         // Nothing was sent twice: each message, its acknowledgement and a little more.
         assert!(net.frames < 2000, "{} frames", net.frames);
@@ -353,7 +353,7 @@ fn every_length_arrives() {
 #[test]
 fn every_length_arrives_through_a_storm() {
     for seed in 1..12 {
-        for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500)] {
+        for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500), Profile::own(65535)] {
             exchange(seed, STORM, profile, &LENGTHS);
         }
     }
