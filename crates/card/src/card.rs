@@ -12,10 +12,11 @@ use isthmus_engine::{Error, How, Result};
 use isthmus_sys::ethernet::Link;
 use isthmus_sys::poll::{Flag, Ready, Set};
 use isthmus_sys::{capability, clock};
-use isthmus_wire::card::{PORT, RECORD_MAX};
+use isthmus_wire::card::PORT;
 use isthmus_wire::control::SocketKind;
 use isthmus_wire::mxoe::{HEAD_LEN, OWN_MTU};
 
+use crate::buffer::Buffer;
 use crate::config::Config;
 use crate::counters::{DomainCounters, Totals};
 use crate::lines::{Active, Lines, Took};
@@ -64,7 +65,7 @@ struct Inner {
     lines: Lines,
     active: Active,
     next_port: PortId,
-    buffer: Vec<u8>,
+    buffer: Buffer,
     answer: Vec<u8>,
     poll_us: u64,
     /// When a frame was last seen, from the wire or for it.
@@ -161,16 +162,18 @@ impl Card {
         set.add(link.as_fd(), TOKEN_LINK).map_err(making())?;
         set.add(listener.waiting(), TOKEN_LISTENER).map_err(making())?;
         set.add(wake.as_fd(), TOKEN_WAKE).map_err(making())?;
+        let poll_us = config.poll_us;
+        let station = Station::new(config, link.mtu(), nic_of);
         let inner = Inner {
-            poll_us: config.poll_us,
-            station: Station::new(config, link.mtu(), nic_of),
+            poll_us,
+            buffer: Buffer::new(station.record_max()),
+            station,
             link,
             listener,
             set: Arc::clone(&set),
             lines: Lines::default(),
             active: Active::default(),
             next_port: FIRST_PORT,
-            buffer: vec![0; RECORD_MAX],
             answer: Vec::new(),
             busy_us: 0,
             looked_us: 0,
@@ -365,8 +368,8 @@ impl Inner {
                 return (records, false);
             }
             let Some(line) = self.lines.get_mut(port) else { return (records, true) };
-            let len = match line.take(&mut self.buffer) {
-                Took::Record(len) => len,
+            match line.take(&mut self.buffer) {
+                Took::Record => {}
                 Took::Nothing => return (records, false),
                 Took::End => {
                     self.close(port);
@@ -374,16 +377,15 @@ impl Inner {
                 }
             };
             line.busy_us = now;
-            self.record(now, port, len);
+            self.record(now, port);
         }
         (RECORD_BATCH, false)
     }
 
-    fn record(&mut self, now: u64, port: PortId, len: usize) {
+    fn record(&mut self, now: u64, port: PortId) {
         let Self { station, lines, buffer, answer, .. } = self;
-        let record = buffer.get_mut(..len).unwrap_or_default();
-        if let Some(delivery) = station.handle_record(now, port, record, answer) {
-            let frame = record.get(isthmus_wire::card::FRAME_AT..).unwrap_or_default();
+        if let Some(delivery) = station.handle_record(now, port, buffer, answer) {
+            let frame = buffer.record().get(isthmus_wire::card::FRAME_AT..).unwrap_or_default();
             deliver(lines, station, &delivery, frame);
         }
         if !answer.is_empty() {

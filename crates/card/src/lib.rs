@@ -9,6 +9,7 @@
 //! docs/formats/card.md and docs/formats/mxoe.md.
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod card;
 mod config;
 mod counters;
@@ -20,6 +21,7 @@ mod peers;
 mod queue;
 mod station;
 
+pub use buffer::Buffer;
 pub use card::Card;
 pub use config::Config;
 pub use counters::{DomainCounters, Totals};

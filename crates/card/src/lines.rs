@@ -6,6 +6,7 @@ use std::sync::Arc;
 use isthmus_engine::lane::{with_dest, with_source, with_two_sources};
 use isthmus_engine::{Connection, Error, How, Result};
 
+use crate::buffer::Buffer;
 use crate::station::PortId;
 
 /// Records that wait for one full lane; more are lost. A lane is full for a moment when it moves to its large ring or
@@ -48,7 +49,7 @@ impl Active {
 
 /// What a connection brought.
 pub(crate) enum Took {
-    Record(usize),
+    Record,
     Nothing,
     End,
 }
@@ -124,14 +125,14 @@ impl Line {
     }
 
     /// The next record. One that is too long is cut, and then is none.
-    pub(crate) fn take(&self, buffer: &mut [u8]) -> Took {
-        match with_dest(buffer, |dest| self.connection.receive(dest, &How::at_once())) {
+    pub(crate) fn take(&self, buffer: &mut Buffer) -> Took {
+        buffer.fill(|room| match with_dest(room, |dest| self.connection.receive(dest, &How::at_once())) {
             Ok((stored, whole)) if whole > 0 || !self.connection.at_end() => {
-                Took::Record(if whole > stored { 0 } else { stored })
+                (if whole > stored { 0 } else { stored }, Took::Record)
             }
-            Err(Error::WouldBlock { .. }) => Took::Nothing,
-            Ok(_) | Err(_) => Took::End,
-        }
+            Err(Error::WouldBlock { .. }) => (0, Took::Nothing),
+            Ok(_) | Err(_) => (0, Took::End),
+        })
     }
 }
 

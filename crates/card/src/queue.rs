@@ -4,8 +4,9 @@
 use std::collections::{HashMap, VecDeque};
 
 use isthmus_proto::sched::{Scheduler, Terms};
-use isthmus_wire::card::RECORD_MAX;
+use isthmus_wire::card::FRAME_AT;
 
+use crate::buffer::Buffer;
 use crate::station::PortId;
 
 /// What became of a frame that was handed to the wire.
@@ -30,18 +31,39 @@ pub(crate) struct Sender {
 const TURN: Terms = Terms { class: 0, weight: 10, rate: 0 };
 /// What a frame takes on the wire beside its bytes: preamble, check sequence and gap.
 const OVERHEAD: usize = 24;
-/// Bytes that a connection may send in its turn among those of its domain: every frame fits into one.
-const ROUND: usize = RECORD_MAX + OVERHEAD;
+/// Bytes that a connection may send in its turn among those of its domain. What is left of them is added to the next: a
+/// longer frame waits for a few turns.
+const ROUND: usize = 16 * 1024;
 /// Frames on their way to the wire late, for tests.
 const LATE_MAX: usize = 64;
 /// A late frame is sent so much later at most, µs.
 const LATE_US: u64 = 10_000;
-/// Buffers kept for frames to come.
+/// Kept for frames to come: short ones, and whole buffers.
 const SPARE_MAX: usize = 256;
+const WHOLE_MAX: usize = 32;
+
+/// A frame that waits. A long one stays where its record was put; a short one would waste most of that.
+enum Waiting {
+    Short(Vec<u8>),
+    Long(Buffer),
+}
+
+impl Waiting {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Short(bytes) => bytes,
+            Self::Long(buffer) => buffer.record().get(FRAME_AT..).unwrap_or_default(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes().len()
+    }
+}
 
 /// Of a connection; never empty.
 struct Queue {
-    frames: VecDeque<Vec<u8>>,
+    frames: VecDeque<Waiting>,
     bytes: usize,
     /// Bytes that it may still send in this round.
     credit: usize,
@@ -59,7 +81,7 @@ struct Queues {
 }
 
 impl Queues {
-    fn push(&mut self, port: PortId, frame: Vec<u8>) {
+    fn push(&mut self, port: PortId, frame: Waiting) {
         let (queues, round) = (&mut self.by_port, &mut self.round);
         let queue = queues.entry(port).or_insert_with(|| {
             round.push_back(port);
@@ -83,11 +105,11 @@ impl Queues {
             self.round.rotate_left(1);
             port = *self.round.front()?;
         }
-        self.by_port.get(&port)?.frames.front().map(Vec::as_slice)
+        self.by_port.get(&port)?.frames.front().map(Waiting::bytes)
     }
 
     /// Take out the frame that [`Queues::front`] showed.
-    fn pop(&mut self) -> Option<Vec<u8>> {
+    fn pop(&mut self) -> Option<Waiting> {
         let port = *self.round.front()?;
         let queue = self.by_port.get_mut(&port)?;
         let frame = queue.frames.pop_front()?;
@@ -106,8 +128,9 @@ impl Queues {
 pub(crate) struct Outgoing {
     tenants: HashMap<u32, Queues>,
     scheduler: Scheduler,
-    late: VecDeque<(u64, Sender, Vec<u8>)>,
+    late: VecDeque<(u64, Sender, Waiting)>,
     spare: Vec<Vec<u8>>,
+    whole: Vec<Buffer>,
     frames_max: usize,
     bytes_max: usize,
 }
@@ -120,6 +143,7 @@ impl Outgoing {
             scheduler: Scheduler::default(),
             late: VecDeque::new(),
             spare: Vec::new(),
+            whole: Vec::new(),
             frames_max,
             bytes_max,
         }
@@ -152,6 +176,21 @@ impl Outgoing {
         true
     }
 
+    /// As [`Outgoing::push`], of the frame of a record. The record is gone afterwards: there may be another buffer.
+    pub(crate) fn push_record(&mut self, of: Sender, record: &mut Buffer, min_len: usize) -> bool {
+        let len = record.record().len();
+        if len < (record.capacity() / 2).max(FRAME_AT + min_len) {
+            return self.push(of, record.record().get(FRAME_AT..).unwrap_or_default(), min_len);
+        }
+        if !self.has_room(of) {
+            return false;
+        }
+        let next = self.whole.pop().unwrap_or_else(|| Buffer::new(record.capacity()));
+        self.enqueue(of, Waiting::Long(std::mem::replace(record, next)));
+        self.release(|_, late| late == of);
+        true
+    }
+
     /// As [`Outgoing::push`], behind the connection's next frame or a little later.
     pub(crate) fn push_late(&mut self, of: Sender, frame: &[u8], min_len: usize, now_us: u64) -> bool {
         if self.late.len() >= LATE_MAX {
@@ -162,19 +201,19 @@ impl Outgoing {
         true
     }
 
-    fn copy(&mut self, frame: &[u8], min_len: usize) -> Vec<u8> {
+    fn copy(&mut self, frame: &[u8], min_len: usize) -> Waiting {
         let mut bytes = self.spare.pop().unwrap_or_default();
         bytes.clear();
         bytes.extend_from_slice(frame);
         if bytes.len() < min_len {
             bytes.resize(min_len, 0);
         }
-        bytes
+        Waiting::Short(bytes)
     }
 
-    fn enqueue(&mut self, of: Sender, bytes: Vec<u8>) {
+    fn enqueue(&mut self, of: Sender, frame: Waiting) {
         let tenant = self.tenants.entry(of.tenant).or_default();
-        tenant.push(of.port, bytes);
+        tenant.push(of.port, frame);
         if tenant.frames == 1 {
             self.scheduler.push(of.tenant, TURN, of.tenant.into());
         }
@@ -182,8 +221,8 @@ impl Outgoing {
 
     fn release(&mut self, which: impl Fn(u64, Sender) -> bool) {
         while let Some(at) = self.late.iter().position(|(due, of, _)| which(*due, *of)) {
-            let Some((_, of, bytes)) = self.late.remove(at) else { return };
-            self.enqueue(of, bytes);
+            let Some((_, of, frame)) = self.late.remove(at) else { return };
+            self.enqueue(of, frame);
         }
     }
 
@@ -214,8 +253,10 @@ impl Outgoing {
                 return true;
             }
             self.scheduler.charge(number, class, len + OVERHEAD);
-            if let Some(buffer) = tenant.pop().filter(|_| self.spare.len() < SPARE_MAX) {
-                self.spare.push(buffer);
+            match tenant.pop() {
+                Some(Waiting::Short(bytes)) if self.spare.len() < SPARE_MAX => self.spare.push(bytes),
+                Some(Waiting::Long(buffer)) if self.whole.len() < WHOLE_MAX => self.whole.push(buffer),
+                _ => {}
             }
             if tenant.frames > 0 {
                 self.scheduler.push(number, TURN, number.into());

@@ -31,6 +31,8 @@ const PORTS_MAX: usize = 512;
 const LEARNT_MAX: u16 = 256;
 /// In [`Outgoing`]: the card itself.
 const OWN: Sender = Sender { tenant: u32::MAX, port: 0 };
+/// Questions to the card are shorter, bytes.
+const SHORT_RECORDS: usize = 512;
 /// A frame that the card makes itself is never longer.
 const OWN_FRAME_MAX: usize = 128;
 
@@ -264,9 +266,15 @@ impl Station {
 
     // ---- what both directions need
 
+    /// Room that any record of a program needs, bytes; a longer one is none.
+    #[must_use]
+    pub fn record_max(&self) -> usize {
+        (FRAME_AT + self.frame_max()).max(SHORT_RECORDS)
+    }
+
     /// Longest whole frame, bytes.
     fn frame_max(&self) -> usize {
-        (self.mtu + ETHERNET_LEN).min(isthmus_wire::card::RECORD_MAX - FRAME_AT)
+        self.mtu.min(self.config.profile().mtu() as usize) + ETHERNET_LEN
     }
 
     fn nic(&self, slot: usize) -> Option<&Nic> {

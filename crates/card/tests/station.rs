@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use isthmus_card::{Config, DomainCounters, Faults, PortId, Sent, Station, mac_of};
+use isthmus_card::{Buffer, Config, DomainCounters, Faults, PortId, Sent, Station, mac_of};
 use isthmus_wire::card::{self, ANY_ENDPOINT, FRAME_HEAD, Opening, Record};
 use isthmus_wire::mxoe::{
     self, BAD_ENDPOINT, BROADCAST, Cookie, ENDPOINT_CLOSED, ETHERTYPE, Ends, Frame, Head, INDEX_UNKNOWN,
@@ -72,9 +72,14 @@ impl Host {
 
     /// A program says something; what the card answers.
     fn say(&mut self, port: PortId, record: &[u8]) -> Vec<u8> {
-        let (mut record, mut answer) = (record.to_vec(), Vec::new());
-        let delivery = self.station.handle_record(self.now, port, &mut record, &mut answer);
-        self.deliver(delivery, record.get(2..).unwrap_or_default());
+        let (mut buffer, mut answer) = (Buffer::new(self.station.record_max()), Vec::new());
+        buffer.fill(|room| {
+            let len = if record.len() > room.len() { 0 } else { record.len() };
+            room[..len].copy_from_slice(&record[..len]);
+            (len, ())
+        });
+        let delivery = self.station.handle_record(self.now, port, &mut buffer, &mut answer);
+        self.deliver(delivery, buffer.record().get(2..).unwrap_or_default());
         answer
     }
 

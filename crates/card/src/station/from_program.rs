@@ -4,6 +4,7 @@ use isthmus_wire::card::{self, FRAME_AT, Peer, RECORD_MAX, Record};
 use isthmus_wire::mxoe::{self, ETHERNET_LEN, FRAME_MIN, Frame, Head, INDEX_UNKNOWN};
 
 use super::{Delivery, LEARNT_MAX, PortId, Station};
+use crate::buffer::Buffer;
 use crate::counters::DomainCounters;
 use crate::faults::Fate;
 use crate::frames::{self, Author};
@@ -15,20 +16,20 @@ const ANSWER_MAX: usize = 128;
 
 impl Station {
     /// A record has come from a program. What is to be delivered to another program of this card, if anything: of a
-    /// frame that begins at 2 in `record`. What `answer` then holds, if anything, is a record for the program itself.
+    /// frame that begins at 2 in `record`; of other records nothing is left there. What `answer` then holds, if anything,
+    /// is a record for the program itself.
     pub fn handle_record(
         &mut self,
         now_us: u64,
         port: PortId,
-        record: &mut [u8],
+        record: &mut Buffer,
         answer: &mut Vec<u8>,
     ) -> Option<Delivery> {
         answer.clear();
         let domain = self.ports.get(&port)?.domain;
-        match card::decode(record) {
+        match card::decode(record.record()) {
             Ok(Record::Frame(_)) => {
-                let frame = record.get_mut(FRAME_AT..)?;
-                return match self.handle_program_frame(now_us, port, frame, answer) {
+                return match self.handle_program_frame(now_us, port, record, answer) {
                     Ok(delivery) => delivery,
                     Err(why) => {
                         *why(&mut self.domains.get_mut(domain)?.counters) += 1;
@@ -87,9 +88,10 @@ impl Station {
         &mut self,
         now_us: u64,
         port: PortId,
-        frame: &mut [u8],
+        record: &mut Buffer,
         answer: &mut Vec<u8>,
     ) -> Result<Option<Delivery>, Count> {
+        let frame = record.record_mut().get_mut(FRAME_AT..).unwrap_or_default();
         let Some(&super::Port { domain: slot, endpoint: Some(endpoint) }) = self.ports.get(&port) else {
             return Err(|counters| &mut counters.wrong_endpoint);
         };
@@ -118,7 +120,7 @@ impl Station {
             Some(to) => self.pass_on(slot, to, frame, fate, answer),
             None => {
                 let sender = Sender { tenant: slot as u32, port };
-                self.enqueue(now_us, sender, frame, fate).map(|()| None)
+                self.enqueue(now_us, sender, record, fate).map(|()| None)
             }
         }
     }
@@ -137,10 +139,11 @@ impl Station {
         self.add_peer(now_us, nic).ok_or(not_learnt)
     }
 
-    fn enqueue(&mut self, now_us: u64, of: Sender, frame: &[u8], fate: Fate) -> Result<(), Count> {
+    fn enqueue(&mut self, now_us: u64, of: Sender, record: &mut Buffer, fate: Fate) -> Result<(), Count> {
+        let frame = record.record().get(FRAME_AT..).unwrap_or_default();
         let room = match fate {
             Fate::Lost => return Err(|counters| &mut counters.faults),
-            Fate::Sent => self.outgoing.push(of, frame, FRAME_MIN),
+            Fate::Sent => self.outgoing.push_record(of, record, FRAME_MIN),
             Fate::Twice => {
                 self.outgoing.push(of, frame, FRAME_MIN) && self.outgoing.push(of, frame, FRAME_MIN)
             }
