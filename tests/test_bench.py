@@ -558,8 +558,8 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as heard:
         count += 1
     print(count)
 """
-# Forty at a time, as many as any queue on the way holds; the end is said often enough to be heard. The socket is not
-# connected: it is not told that whoever heard the first end is gone.
+# Forty at a time, as many as any queue on the way holds; the end is said often enough to be heard. The socket
+# is not connected: it is not told that whoever heard the first end is gone.
 TELL = """
 import socket, sys, time
 to = sys.argv[1], int(sys.argv[2])
