@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import becomes
 
 import isthmus
 from isthmus.testing import PrivateBroker
@@ -57,68 +58,64 @@ def switch_of(directory: Path) -> int:
 class Program:
     """A program that runs in a guest."""
 
-    def __init__(self, machine: Machine, number: int) -> None:
-        self._machine = machine
+    def __init__(self, shell: Shell, number: int) -> None:
+        self._shell = shell
         self.number = number
 
     def line(self, timeout: float = LIMIT_S) -> str:
         """The next line of its output. Fails if it ends instead."""
-        kind, text = self._machine.news(self.number, timeout)
+        kind, text = self._shell.news(self.number, timeout)
         if kind == "line" and str(text).startswith("Traceback"):
             kind, text = "exit", self.code(timeout)
-        assert kind == "line", f"program {self.number} ended with {text}:\n{self._machine.text(self.number)}"
+        assert kind == "line", f"program {self.number} ended with {text}:\n{self._shell.text(self.number)}"
         return str(text)
 
     def code(self, timeout: float = LIMIT_S) -> int:
         """Its exit code, once it has ended."""
         while True:
-            kind, text = self._machine.news(self.number, timeout)
+            kind, text = self._shell.news(self.number, timeout)
             if kind == "exit":
                 return int(text)
 
+    def tell(self, line: str) -> None:
+        """A line for its input."""
+        self._shell.say({"tell": self.number, "line": line})
+
     def kill(self, number: int = 9) -> None:
-        self._machine.say({"kill": self.number, "signal": number})
+        self._shell.say({"kill": self.number, "signal": number})
 
 
-class Machine:
-    """A running guest that runs what it is asked to, over its serial line."""
+class Shell:
+    """Asks `guest_shell.py` to run programs, and hears what it tells."""
 
-    def __init__(self, name: str, device: str, directory: Path, monitor: str, **options: Any) -> None:
-        ours, theirs = socket.socketpair()
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._sock = ours
-        self._buffer = b""
         self._last = 0
         self._news: dict[int, list[tuple[str, Any]]] = {}
         self._texts: dict[int, list[str]] = {}
-        with theirs:
-            self.guest = Guest(
-                name,
-                device,
-                [sys.executable, str(SHELL)],
-                directory,
-                monitor=monitor,
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                environment={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                **options,
-            )
+
+    def say(self, what: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def listen(self, seconds: float) -> None:
+        """Wait so long for something to `hear`."""
+        raise NotImplementedError
 
     def python(self, code: str, *arguments: object, **environment: str) -> Program:
         """Start a Python program; its output is told by lines."""
-        return self.run(
-            [sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, arguments)], **environment
-        )
+        words = {"python": textwrap.dedent(code), "arguments": [str(argument) for argument in arguments]}
+        return self._start(words, environment)
 
-    def run(self, command: list[str], **environment: str) -> Program:
+    def run(self, command: list[str], *, told: bool = False, **environment: str) -> Program:
+        """Start any program; if it is to be `told` something, it has an input."""
+        return self._start({"run": command, "told": told}, environment)
+
+    def _start(self, words: dict[str, Any], environment: dict[str, str]) -> Program:
         self._last += 1
         self._news[self._last] = []
         self._texts[self._last] = []
-        self.say({"run": command, "number": self._last, "environment": environment})
+        self.say({**words, "number": self._last, "environment": environment})
         return Program(self, self._last)
-
-    def say(self, what: dict[str, Any]) -> None:
-        self._sock.sendall(json.dumps(what).encode() + b"\n")
 
     def text(self, number: int) -> str:
         return "\n".join(self._texts[number])
@@ -129,15 +126,10 @@ class Machine:
         while not waiting:
             left = until - time.monotonic()
             assert left > 0, f"guest {self.name}: nothing in {timeout:.0f} s; so far:\n{self.text(number)}"
-            if select.select([self._sock], [], [], left)[0]:
-                data = self._sock.recv(1 << 16)
-                assert data, f"guest {self.name} is gone"
-                *lines, self._buffer = (self._buffer + data).split(b"\n")
-                for line in lines:
-                    self._hear(line)
+            self.listen(left)
         return waiting.pop(0)
 
-    def _hear(self, line: bytes) -> None:
+    def hear(self, line: bytes | str) -> None:
         try:
             said = json.loads(line)
         except ValueError:
@@ -148,9 +140,58 @@ class Machine:
         elif "exit" in said:
             self._news[said["number"]].append(("exit", said["exit"]))
 
+
+class Machine(Shell):
+    """A running guest that runs what it is asked to, over its serial line."""
+
+    def __init__(self, name: str, device: str, directory: Path, monitor: str, **options: Any) -> None:
+        super().__init__(name)
+        ours, theirs = socket.socketpair()
+        self._sock = ours
+        self._buffer = b""
+        self.stopped = False
+        with theirs:
+            self.guest = Guest(
+                name,
+                device,
+                [sys.executable, str(SHELL), "isthmus", "threading"],
+                directory,
+                monitor=monitor,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                environment={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                **options,
+            )
+
+    def say(self, what: dict[str, Any]) -> None:
+        self._sock.sendall(json.dumps(what).encode() + b"\n")
+
+    def listen(self, seconds: float) -> None:
+        if select.select([self._sock], [], [], seconds)[0]:
+            data = self._sock.recv(1 << 16)
+            assert data, f"guest {self.name} is gone"
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            for line in lines:
+                self.hear(line)
+
     def stop(self) -> None:
+        self.stopped = True
         self.guest.stop()
         self._sock.close()
+
+
+class Inner(Shell):
+    """A shell that some command of a machine's runs, as `isthmus run` does: its programs are that one's."""
+
+    def __init__(self, machine: Machine, before: list[str], *modules: str, **environment: str) -> None:
+        super().__init__(machine.name)
+        self._shell = machine.run([*before, sys.executable, str(SHELL), *modules], told=True, **environment)
+
+    def say(self, what: dict[str, Any]) -> None:
+        self._shell.tell(json.dumps(what))
+
+    def listen(self, seconds: float) -> None:
+        self.hear(self._shell.line(seconds))
 
 
 class Node:
@@ -193,19 +234,23 @@ class Node:
             self.await_devices("waiting")
             for name in self._names:
                 self.boot(name)
-            for name, machine in self._machines.items():
-                machine.guest.wait_ready()
-                if name in self._addresses:
-                    words = ["ip", "address", "add", f"{self._addresses[name]}/32", "dev", "lo"]
-                    assert machine.run(words).code() == 0
-            if self._agents:
-                agents = [self._run_agent(name) for name in self._names]
-                for agent in agents:
-                    assert agent.line() == "ready"
+            self._prepare(*self._names)
         except BaseException:
             self._stack.close()
             raise
         return self
+
+    def _prepare(self, *names: str) -> None:
+        """Wait for guests that boot, and for the agents in them."""
+        for name in names:
+            self._machines[name].guest.wait_ready()
+            if name in self._addresses:
+                words = ["ip", "address", "add", f"{self._addresses[name]}/32", "dev", "lo"]
+                assert self._machines[name].run(words).code() == 0
+        if self._agents:
+            agents = [self._run_agent(name) for name in names]
+            for agent in agents:
+                assert agent.line() == "ready"
 
     def _start_switch(self) -> None:
         words = ["switch", "--stay", "--dir", str(self.broker.directory), *self._switch]
@@ -218,18 +263,19 @@ class Node:
             time.sleep(0.01)
 
     def boot(self, name: str) -> Machine:
-        """Start a guest (again)."""
+        """Start a guest."""
         directory = self.broker.directory / "vm" / name
         machine = Machine(name, self._domains[name]["socket"], directory, self.monitor, **self._options)
         self._stack.callback(machine.stop)
         self._machines[name] = machine
         return machine
 
-    def start_agent(self, name: str) -> Program:
-        """The agent of a guest, serving."""
-        agent = self._run_agent(name)
-        assert agent.line() == "ready"
-        return agent
+    def boot_again(self, name: str) -> Machine:
+        """Start a guest that was stopped, and its agent."""
+        becomes(lambda: self.device(name) == "waiting")
+        self.boot(name)
+        self._prepare(name)
+        return self._machines[name]
 
     def _run_agent(self, name: str) -> Program:
         return self._machines[name].run([sys.executable, "-m", "isthmus", "agent", "--ready"])

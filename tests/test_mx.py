@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from conftest import LIMIT_S, becomes
+from conftest import LIMIT_S, becomes, started
 from endpoints import LENGTHS, LONG, Ends, ended, fails, fine, joined, noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -537,13 +537,10 @@ def echo(broker: PrivateBroker) -> Iterator[subprocess.Popen[str]]:
     """Another program, of the domain a, that sends everything back."""
     environment = {**os.environ, "ISTHMUS_DOOR": broker.door("a")}
     command = [sys.executable, "-c", CHILD]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with started(command, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
-        try:
-            yield process
-        finally:
-            process.kill()
+        yield process
 
 
 def test_another_program_sends_everything_back(broker: PrivateBroker, echo: subprocess.Popen[str]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
-from conftest import becomes
+from conftest import becomes, started
 
 import isthmus
 from isthmus import errors, mx
@@ -221,7 +221,7 @@ nic, number = map(int, sys.stdin.readline().split())
 if sys.argv[1] == "receiver":
     endpoint.irecv(1, bytearray(1 << 30))
 else:
-    peer = endpoint.connect(nic, number, 7, 20)
+    peer = endpoint.connect(nic, number, 7, 60)
     endpoint.isend(peer, 1, bytes(1 << 30))
 print("under way", flush=True)
 time.sleep(100)
@@ -230,14 +230,9 @@ time.sleep(100)
 
 @pytest.mark.parametrize("part", ["receiver", "sender"])
 def test_a_peer_that_is_killed_in_the_middle_ends_the_message(nodes: Nodes, part: str) -> None:
-    victim = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(VICTIM), part],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"ISTHMUS_DOOR": nodes.doors["c"]},
-    )
-    with victim, nodes.endpoint("a") as a:
+    command = [sys.executable, "-c", textwrap.dedent(VICTIM), part]
+    environment = os.environ | {"ISTHMUS_DOOR": nodes.doors["c"]}
+    with started(command, stdin=subprocess.PIPE, env=environment) as victim, nodes.endpoint("a") as a:
         assert victim.stdin is not None
         assert victim.stdout is not None
         nic, number = map(int, victim.stdout.readline().split())

@@ -518,14 +518,15 @@ def test_a_listener_that_is_closed_with_somebody_in_its_queue(net: Net) -> None:
     server = net.python(
         "right",
         """
-        import socket, time
+        import socket, sys
         server = socket.create_server(("0.0.0.0", 7033))
         print("listening")
-        time.sleep(1)
+        sys.stdin.readline()
         server.close()
         print("closed")
-        time.sleep(60)
+        sys.stdin.readline()
         """,
+        stdin=True,
     )
     assert server.line() == "listening"
     client = net.python(
@@ -541,6 +542,7 @@ def test_a_listener_that_is_closed_with_somebody_in_its_queue(net: Net) -> None:
         """,
     )
     assert client.line() == "connected"
+    server.say("close")
     assert server.line() == "closed"
     assert client.line() in ("b''", "reset")
 

@@ -83,7 +83,7 @@ def test_what_is_not_used_is_given_up_while_both_programs_go_on(net: Net) -> Non
     listener = server(net, 7201)
     client = net.python(
         "left",
-        CLIENT.format(to=Bridge.right_address, port=7201, times=20) + "time.sleep(20)\n",
+        CLIENT.format(to=Bridge.right_address, port=7201, times=20) + "time.sleep(100)\n",
     )
     assert client.line() == "20"
 

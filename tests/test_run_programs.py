@@ -164,7 +164,7 @@ class Talk {
 @pytest.mark.skipif(not shutil.which("javac"), reason="no Java")
 def test_java_with_selectors(net: Net, tmp_path: Path) -> None:
     (tmp_path / "Talk.java").write_text(JAVA)
-    subprocess.run(["javac", "Talk.java"], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run(["javac", "Talk.java"], cwd=tmp_path, check=True, timeout=100)
     server = net.start("right", "java", "-cp", str(tmp_path), "Talk", "serve")
     assert server.line() == "listening"
     client = net.start("left", "java", "-cp", str(tmp_path), "Talk", "talk", Bridge.right_address)

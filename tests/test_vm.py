@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import becomes
+from conftest import LIMIT_S, becomes
 from guests import Node, needs, switch_of
 from test_forward import all_of, forward, unix_client
 
@@ -189,7 +189,7 @@ def test_what_a_guest_writes_is_gone_with_it_and_its_exit_code_is_returned(tmp_p
             input="hello\n",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=110,
             check=False,
         )
         assert (done.stdout, done.returncode) == ("hello 0\nx\n", 7), done.stderr
@@ -218,7 +218,7 @@ def test_a_guest_whose_output_nobody_reads_can_be_stopped(tmp_path: Path) -> Non
         becomes(is_full, "the pipe does not become full")
         stopping = threading.Thread(target=guest.stop, daemon=True)
         stopping.start()
-        stopping.join(20)
+        stopping.join(LIMIT_S)
         assert not stopping.is_alive()
         os.close(output)
 

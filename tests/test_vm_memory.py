@@ -63,19 +63,31 @@ class Monitor:
         self._sock.close()
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    options = ("-qmp", f"unix:{tmp_path / 'qmp'},server=on,wait=off", "-device", "virtio-balloon-pci")
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Path]]:
+    """A guest, and the socket of its monitor."""
+    path = tmp_path_factory.mktemp("monitor") / "qmp"
+    options = ("-qmp", f"unix:{path},server=on,wait=off", "-device", "virtio-balloon-pci")
     options += ("-m", "slots=2,maxmem=1G")
     with Node(
         "qemu", guests=("b",), containers=("c",), agents=True, memory_mib=MEMORY_MIB, options=options
     ) as node:
-        yield node
+        yield node, path
 
 
 @pytest.fixture
-def monitor(node: Node, tmp_path: Path) -> Iterator[Monitor]:
-    monitor = Monitor(tmp_path / "qmp")
+def node(booted: tuple[Node, Path]) -> Iterator[Node]:
+    """The guest, with all its memory: it boots again after each test."""
+    node, _ = booted
+    if node["b"].stopped:
+        node.boot_again("b")
+    yield node
+    node["b"].stop()
+
+
+@pytest.fixture
+def monitor(node: Node, booted: tuple[Node, Path]) -> Iterator[Monitor]:
+    monitor = Monitor(booted[1])
     yield monitor
     monitor.close()
 

@@ -15,7 +15,7 @@ from typing import Any
 import networks
 import pytest
 from conftest import becomes
-from guests import Machine, Node, Program, needs, switch_of
+from guests import Inner, Machine, Node, Program, needs, switch_of
 
 import isthmus
 from isthmus import errors
@@ -25,6 +25,7 @@ MONITORS = [pytest.param("uml", marks=needs("uml")), pytest.param("qemu", marks=
 #: Addresses of the guests a and b, each in a network of its own from which no other can be reached.
 A, B = "10.0.0.7", "10.0.0.8"
 DOOR = "/run/isthmus/door/door"
+SUPERVISED = [sys.executable, "-m", "isthmus", "run", "--"]
 
 
 class Both:
@@ -35,19 +36,40 @@ class Both:
         self._bridge = bridge
         self._programs: list[networks.Program] = []
         self._started: list[Program] = []
+        #: Of each guest: what runs under `isthmus run`, to start Python programs there.
+        self._inner: dict[str, Inner] = {}
 
-    def guest(self, name: str, *words: str, run: bool = True, options: str = "") -> Program:
-        supervised = [sys.executable, "-m", "isthmus", "run", *options.split(), "--"] if run else []
-        program = self.node[name].run([*supervised, *words], ISTHMUS_DOOR=DOOR)
+    def guest(self, name: str, *words: str) -> Program:
+        """Start a program of a guest under an `isthmus run` of its own."""
+        program = self._machine(name).run([*SUPERVISED, *words], ISTHMUS_DOOR=DOOR)
         self._started.append(program)
         return program
 
-    def python(self, where: str, code: str, **more: Any) -> Program | networks.Program:
-        words = (sys.executable, "-u", "-c", textwrap.dedent(code))
-        return self.container(*words) if where == "c" else self.guest(where, *words, **more)
+    def plain(self, name: str, code: str) -> Program:
+        """Start a Python program of a guest as it is."""
+        program = self._machine(name).python(code, ISTHMUS_DOOR=DOOR)
+        self._started.append(program)
+        return program
+
+    def python(self, where: str, code: str) -> Program | networks.Program:
+        """Start a Python program under `isthmus run`; in a guest all of them are children of one."""
+        if where == "c":
+            return self.container(sys.executable, "-u", "-c", textwrap.dedent(code))
+        machine = self._machine(where)
+        if where not in self._inner:
+            self._inner[where] = Inner(machine, SUPERVISED, "threading", ISTHMUS_DOOR=DOOR)
+        program = self._inner[where].python(code)
+        self._started.append(program)
+        return program
+
+    def _machine(self, name: str) -> Machine:
+        if self.node[name].stopped:
+            self._inner.pop(name, None)
+            return self.node.boot_again(name)
+        return self.node[name]
 
     def container(self, *words: str) -> networks.Program:
-        command = [*self._bridge.prefix("left"), sys.executable, "-m", "isthmus", "run", "--", *words]
+        command = [*self._bridge.prefix("left"), *SUPERVISED, *words]
         program = networks.Program(command, {"ISTHMUS_DOOR": self.node.broker.door("c")})
         self._programs.append(program)
         return program
@@ -74,7 +96,7 @@ class Both:
             program.stop()
         self._programs.clear()
         for program in self._started:
-            with contextlib.suppress(BrokenPipeError):  # Its guest was stopped.
+            with contextlib.suppress(OSError):  # Its guest was stopped.
                 program.kill()
         self._started.clear()
         for name in "abc":
@@ -314,31 +336,6 @@ def test_a_program_that_is_killed_ends_its_connections(both: Both) -> None:
     assert listener.line() in ("end", "ConnectionResetError")
 
 
-def test_a_guest_that_is_killed_ends_its_connections(both: Both) -> None:
-    both.python("b", networks.ECHO.format(port=7106))
-    both.listens("b", 7106)
-    talk = both.python(
-        "c",
-        f"""
-        import socket
-        sock = socket.create_connection(("{B}", 7106), 40)
-        sock.sendall(b"hello")
-        print(sock.recv(5).decode(), flush=True)
-        print(sock.recv(5))
-    """,
-    )
-    assert talk.line() == "hello"
-    machine: Machine = both.node["b"]
-    machine.guest.stop()
-    try:
-        assert talk.line() == "b''"
-        becomes(lambda: not both.connections("c"))
-    finally:
-        both.node.boot("b")
-        both.node["b"].guest.wait_ready()
-        both.node.start_agent("b")
-
-
 def test_a_guests_plain_sockets_reach_kernel_sockets(both: Both) -> None:
     """Those of a program under `isthmus run`; `kernel_server` would bring the switch sockets of its own."""
     code = """
@@ -352,8 +349,7 @@ def test_a_guests_plain_sockets_reach_kernel_sockets(both: Both) -> None:
     """
 
     def talk(port: int) -> Program:
-        words = (sys.executable, "-u", "-c", textwrap.dedent(code.format(port=port)))
-        return both.guest("a", *words, run=False)
+        return both.plain("a", code.format(port=port))
 
     listener = both.python("c", networks.ECHO.format(port=7107))
     assert listener.line() == "listening"
@@ -368,23 +364,19 @@ def test_a_guests_plain_sockets_reach_kernel_sockets(both: Both) -> None:
 
 
 def test_kernel_sockets_reach_a_guests_plain_sockets(both: Both) -> None:
-    guest = both.guest(
+    guest = both.plain(
         "b",
-        sys.executable,
-        "-u",
-        "-c",
-        textwrap.dedent("""
-            import isthmus, time
-            with isthmus.kernel_server(7108) as server:
-                print("listening")
-                for _ in range(2):
-                    sock, _ = server.accept()
-                    with sock:
-                        while data := sock.recv(1 << 16):
-                            time.sleep(0.001)
-                            sock.sendall(data)
-        """),
-        run=False,
+        """
+        import isthmus, time
+        with isthmus.kernel_server(7108) as server:
+            print("listening")
+            for _ in range(2):
+                sock, _ = server.accept()
+                with sock:
+                    while data := sock.recv(1 << 16):
+                        time.sleep(0.001)
+                        sock.sendall(data)
+    """,
     )
     assert guest.line() == "listening"
     node = isthmus.attach(both.node.broker.door("c"))
@@ -413,19 +405,35 @@ def test_plain_programs_reach_supervised_ones(both: Both) -> None:
     assert listener.line() == "listening"
     both.listens("c", 7110)
     number = both.node.broker.ask("status", domain="c")["domain"]["number"]
-    talk = both.guest(
+    talk = both.plain(
         "a",
-        sys.executable,
-        "-c",
-        textwrap.dedent(f"""
-            import socket
-            sock = socket.socket(socket.AF_VSOCK)
-            sock.settimeout(40)
-            sock.connect(({number}, 7110))
-            sock.sendall(b"hello")
-            print(sock.recv(5).decode())
-        """),
-        run=False,
+        f"""
+        import socket
+        sock = socket.socket(socket.AF_VSOCK)
+        sock.settimeout(40)
+        sock.connect(({number}, 7110))
+        sock.sendall(b"hello")
+        print(sock.recv(5).decode())
+    """,
     )
     assert talk.line() == "hello"
     assert listener.line().startswith(f"AF_INET {A} ")
+
+
+def test_a_guest_that_is_killed_ends_its_connections(both: Both) -> None:
+    both.python("b", networks.ECHO.format(port=7106))
+    both.listens("b", 7106)
+    talk = both.python(
+        "c",
+        f"""
+        import socket
+        sock = socket.create_connection(("{B}", 7106), 40)
+        sock.sendall(b"hello")
+        print(sock.recv(5).decode(), flush=True)
+        print(sock.recv(5))
+    """,
+    )
+    assert talk.line() == "hello"
+    both.node["b"].stop()
+    assert talk.line() == "b''"
+    becomes(lambda: not both.connections("c"))

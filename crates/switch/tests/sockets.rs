@@ -13,13 +13,20 @@ use isthmus_wire::vsock::{
 };
 
 /// A program behind the guest's agent, and the agent's connection on its behalf.
-fn program(node: &Node, guest: &mut Guest) -> Link {
+fn program(guest: &mut Guest) -> Link {
     guest.post(128);
     let link = guest.agent(5000, CONTROL_PORT, SEQPACKET);
     guest.send(&link, &encoded(1, &Message::Hello { features: 2, program: "supervisor" }));
     until("a welcome", || guest.poll().filter(|packet| matches!(decode(&packet.1), Ok((1, _)))));
-    let _ = node;
     link
+}
+
+/// Two guests with a program each.
+fn guests(node: &Node) -> (Guest, Guest) {
+    let (mut a, mut b) = (node.guest(3), node.guest(4));
+    program(&mut a);
+    program(&mut b);
+    (a, b)
 }
 
 /// What an agent says first.
@@ -27,20 +34,55 @@ fn name(connection: u64, opener: bool) -> [u8; 8] {
     (connection << 1 | u64::from(opener)).to_le_bytes()
 }
 
+/// Connect as an agent does for one end of a connection.
+fn take(guest: &mut Guest, port: u32, connection: u64, opener: bool) -> Link {
+    let link = guest.agent(port, SOCKETS_PORT, STREAM);
+    guest.send(&link, &name(connection, opener));
+    link
+}
+
+/// Wait until the guest may send more than a little.
+fn credit(guest: &mut Guest) {
+    until("credit", || guest.poll().filter(|packet| packet.0.buf_alloc == WINDOW));
+}
+
+/// The guest ends one direction, or both.
+fn shut(guest: &mut Guest, link: &Link, flags: u32) {
+    let mut finish = guest.header(link, SHUTDOWN);
+    finish.flags = flags;
+    guest.transmit(finish, &[]);
+}
+
+/// What a program shows of its connection to the next broker.
+fn resume(connection: u64, opener: bool) -> Message<'static> {
+    Message::ResumeSocket {
+        connection,
+        peer: 50,
+        peer_port: 60,
+        port: 7,
+        kind: SocketKind::Stream,
+        opener: opener.into(),
+        ticket: [0; 32],
+    }
+}
+
+/// Bytes that tell places apart.
+fn pattern() -> Vec<u8> {
+    (0..60_000u32).map(|n| (n % 251) as u8).collect()
+}
+
 /// Two guests with the two ends of one connection, as their agents get them; what the first one sends before the second
 /// one has its end.
 fn two(node: &Node, a: &mut Guest, b: &mut Guest, early: &[u8]) -> (Link, Link) {
     node.bring_pair(a.cid, b.cid, 8);
     told(b);
-    let accepter = b.agent(7000, SOCKETS_PORT, STREAM);
-    b.send(&accepter, &name(8, false));
+    let accepter = take(b, 7000, 8, false);
     if !early.is_empty() {
         b.send(&accepter, early);
     }
     b.ping();
     told(a);
-    let opener = a.agent(7000, SOCKETS_PORT, STREAM);
-    a.send(&opener, &name(8, true));
+    let opener = take(a, 7000, 8, true);
     (opener, accepter)
 }
 
@@ -56,13 +98,11 @@ fn told(guest: &mut Guest) {
 
 /// A guest with one kernel socket that is joined. Returns the guest's end and the other one.
 fn joined(node: &Node, guest: &mut Guest) -> (Link, OwnedFd) {
-    program(node, guest);
+    program(guest);
     let other = node.bring(3, 8, true);
     told(guest);
-    let link = guest.agent(7000, SOCKETS_PORT, STREAM);
-    guest.send(&link, &name(8, true));
-    // From now on it may send more than a little.
-    until("credit", || guest.poll().filter(|packet| packet.0.buf_alloc == WINDOW));
+    let link = take(guest, 7000, 8, true);
+    credit(guest);
     (link, other)
 }
 
@@ -112,9 +152,7 @@ fn bytes_and_both_ends_pass() {
     packet::shut_send(other.as_fd());
     assert_eq!(guest.wait(SHUTDOWN).flags, SHUTDOWN_SEND);
     guest.send(&link, b"more");
-    let mut finish = guest.header(&link, SHUTDOWN);
-    finish.flags = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
-    guest.transmit(finish, &[]);
+    shut(&mut guest, &link, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
     guest.wait(RST);
     assert_eq!(read(&other, 4), b"more");
     ends(&other);
@@ -124,7 +162,7 @@ fn bytes_and_both_ends_pass() {
 fn what_the_other_end_sent_before_the_guest_came_is_not_lost() {
     let node = Node::new();
     let mut guest = node.guest(3);
-    program(&node, &mut guest);
+    program(&mut guest);
     let other = node.bring(3, 8, false);
     packet::push(other.as_fd(), b"early").expect("room");
     packet::shut_send(other.as_fd());
@@ -142,7 +180,7 @@ fn what_the_other_end_sent_before_the_guest_came_is_not_lost() {
 fn nobody_gets_an_end_by_a_name_that_is_not_its() {
     let node = Node::new();
     let (mut a, mut b) = (node.guest(3), node.guest(4));
-    program(&node, &mut a);
+    program(&mut a);
     b.post(16);
     let other = node.bring(3, 8, true);
     told(&mut a);
@@ -154,12 +192,10 @@ fn nobody_gets_an_end_by_a_name_that_is_not_its() {
         guest.wait(RST);
     }
     // It is still there for the one whose it is, once.
-    let link = a.agent(7001, SOCKETS_PORT, STREAM);
-    a.send(&link, &name(8, true));
+    let link = take(&mut a, 7001, 8, true);
     a.send(&link, b"mine");
     assert_eq!(read(&other, 4), b"mine");
-    let again = a.agent(7002, SOCKETS_PORT, STREAM);
-    a.send(&again, &name(8, true));
+    take(&mut a, 7002, 8, true);
     a.wait(RST);
     a.send(&link, b"still");
     assert_eq!(read(&other, 5), b"still");
@@ -169,7 +205,7 @@ fn nobody_gets_an_end_by_a_name_that_is_not_its() {
 fn ends_that_nobody_asks_for_are_not_kept_without_bound() {
     let node = Node::new();
     let mut guest = node.guest(3);
-    program(&node, &mut guest);
+    program(&mut guest);
     let mut others = Vec::new();
     for connection in 0..1100 {
         others.push(node.bring(3, connection, true));
@@ -233,7 +269,7 @@ fn who_closes_ends_it_for_the_guest() {
 fn what_a_program_says_about_its_end_reaches_the_broker() {
     let node = Node::new();
     let mut guest = node.guest(3);
-    let control = program(&node, &mut guest);
+    let control = program(&mut guest);
     let other = node.bring(3, 8, false);
     told(&mut guest);
     guest.send(&control, &encoded(0, &Message::Accept { connection: 8, small: 0, large: 0 }));
@@ -244,8 +280,7 @@ fn what_a_program_says_about_its_end_reaches_the_broker() {
     guest.send(&control, &encoded(0, &Message::Refuse { connection: 10, refusal }));
     until("a refusal", || node.heard(3).iter().any(|heard| heard.contains("BacklogFull")).then_some(()));
     ends(&refused);
-    let link = guest.agent(7000, SOCKETS_PORT, STREAM);
-    guest.send(&link, &name(8, false));
+    let link = take(&mut guest, 7000, 8, false);
     guest.send(&link, b"x");
     assert_eq!(read(&other, 1), b"x");
 }
@@ -272,17 +307,8 @@ fn a_program_shows_its_end_to_the_next_broker() {
     let mut guest = node.guest(3);
     let (_, other) = joined(&node, &mut guest);
     let again = guest.agent(5001, CONTROL_PORT, SEQPACKET);
-    let resume = |connection| Message::ResumeSocket {
-        connection,
-        peer: 50,
-        peer_port: 60,
-        port: 7,
-        kind: SocketKind::Stream,
-        opener: 1,
-        ticket: [0; 32],
-    };
     for connection in [8, 9] {
-        guest.send(&again, &encoded(6, &resume(connection)));
+        guest.send(&again, &encoded(6, &resume(connection, true)));
         until("an answer", || guest.poll().filter(|packet| matches!(decode(&packet.1), Ok((6, _)))));
     }
     // Of a connection that it does not have there is nothing to show.
@@ -298,13 +324,11 @@ fn what_a_guest_sent_before_it_closed_arrives_although_its_kernel_waits_no_longe
     let node = Node::new();
     let mut guest = node.guest(3);
     let (link, other) = joined(&node, &mut guest);
-    let part: Vec<u8> = (0..60_000u32).map(|n| (n % 251) as u8).collect();
+    let part = pattern();
     for _ in 0..8 {
         guest.send(&link, &part);
     }
-    let mut finish = guest.header(&link, SHUTDOWN);
-    finish.flags = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
-    guest.transmit(finish, &[]);
+    shut(&mut guest, &link, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
     // Linux resets a connection that it has closed after 8 s without an answer.
     guest.sign(&link, RST);
     guest.ping();
@@ -313,24 +337,21 @@ fn what_a_guest_sent_before_it_closed_arrives_although_its_kernel_waits_no_longe
     // One that did not close loses what it had sent, and so does one whose other end is gone.
     let other = node.bring(3, 9, true);
     told(&mut guest);
-    let link = guest.agent(7001, SOCKETS_PORT, STREAM);
-    guest.send(&link, &name(9, true));
-    until("credit", || guest.poll().filter(|packet| packet.0.buf_alloc == WINDOW));
+    let link = take(&mut guest, 7001, 9, true);
+    credit(&mut guest);
     for _ in 0..8 {
         guest.send(&link, &part);
     }
     guest.sign(&link, RST);
     guest.ping();
-    until("the end", || {
-        (!matches!(packet::pull(other.as_fd(), &mut [0; 1 << 16]), Err(_) | Ok(1..))).then_some(())
-    });
+    ends(&other);
 }
 
 #[test]
 fn terms_of_what_never_came_to_be_are_forgotten() {
     let node = Node::new();
     let mut guest = node.guest(3);
-    let control = program(&node, &mut guest);
+    let control = program(&mut guest);
     guest.buf_alloc = 256 << 20;
     guest.sign(&control, CREDIT_UPDATE);
     let terms = |connection, rate| Message::Terms { connection, class: 0, weight: 1, rate };
@@ -348,8 +369,7 @@ fn terms_of_what_never_came_to_be_are_forgotten() {
     node.tell_program(3, &terms(8, 100_000));
     let other = node.bring(3, 8, true);
     told(&mut guest);
-    let link = guest.agent(7000, SOCKETS_PORT, STREAM);
-    guest.send(&link, &name(8, true));
+    let link = take(&mut guest, 7000, 8, true);
     guest.sign(&link, CREDIT_UPDATE);
     fake::flood(other, vec![1; 4 << 20]);
     let began = std::time::Instant::now();
@@ -368,14 +388,14 @@ fn terms_of_what_never_came_to_be_are_forgotten() {
 fn what_waits_for_those_who_do_not_read_has_a_bound() {
     let node = Node::new();
     let mut guest = node.guest(3);
-    program(&node, &mut guest);
+    program(&mut guest);
     let part = vec![5; 60_000];
     let connect = |guest: &mut Guest, n: u64| {
         let other = node.bring(3, 100 + n, true);
         told(guest);
         let link = guest.agent(7000 + n as u32, SOCKETS_PORT, STREAM);
         guest.send(&link, &name(100 + n, true));
-        until("credit", || guest.poll().filter(|packet| packet.0.buf_alloc == WINDOW));
+        credit(guest);
         for _ in 0..17 {
             guest.send(&link, &part);
         }
@@ -419,11 +439,8 @@ fn who_writes_to_nobody_is_told_at_once() {
 #[test]
 fn two_guests_talk_past_the_kernel_with_each_other_s_credit() {
     let node = Node::new();
-    let (mut a, mut b) = (node.guest(3), node.guest(4));
-    for guest in [&mut a, &mut b] {
-        program(&node, guest);
-        guest.buf_alloc = 200_000;
-    }
+    let (mut a, mut b) = guests(&node);
+    (a.buf_alloc, b.buf_alloc) = (200_000, 200_000);
     let (opener, accepter) = two(&node, &mut a, &mut b, b"");
     // What the other has room for; the name counts as taken.
     let told = a.wait(CREDIT_UPDATE);
@@ -437,9 +454,7 @@ fn two_guests_talk_past_the_kernel_with_each_other_s_credit() {
     b.fwd_cnt = 5;
     b.sign(&accepter, CREDIT_UPDATE);
     until("credit", || a.poll().filter(|packet| packet.0.op == CREDIT_UPDATE && packet.0.fwd_cnt == 13));
-    let mut finish = a.header(&opener, SHUTDOWN);
-    finish.flags = SHUTDOWN_SEND;
-    a.transmit(finish, &[]);
+    shut(&mut a, &opener, SHUTDOWN_SEND);
     assert_eq!(b.wait(SHUTDOWN).flags, SHUTDOWN_SEND);
     b.sign(&accepter, RST);
     a.wait(RST);
@@ -449,13 +464,11 @@ fn two_guests_talk_past_the_kernel_with_each_other_s_credit() {
 #[test]
 fn a_guest_that_has_no_room_is_sent_nothing_that_it_would_drop() {
     let node = Node::new();
-    let (mut a, mut b) = (node.guest(3), node.guest(4));
-    program(&node, &mut a);
-    program(&node, &mut b);
+    let (mut a, mut b) = guests(&node);
     b.buf_alloc = 1000;
     let (opener, accepter) = two(&node, &mut a, &mut b, b"");
     // It may send what it was told before anybody knew who takes it.
-    let sent: Vec<u8> = (0..60_000u32).map(|n| (n % 251) as u8).collect();
+    let sent = pattern();
     a.send(&opener, &sent);
     let mut got = Vec::new();
     while got.len() < sent.len() {
@@ -474,15 +487,11 @@ fn a_guest_that_has_no_room_is_sent_nothing_that_it_would_drop() {
 #[test]
 fn what_was_held_back_for_a_guest_comes_before_the_end() {
     let node = Node::new();
-    let (mut a, mut b) = (node.guest(3), node.guest(4));
-    program(&node, &mut a);
-    program(&node, &mut b);
+    let (mut a, mut b) = guests(&node);
     b.buf_alloc = 1000;
     let (opener, accepter) = two(&node, &mut a, &mut b, b"");
     a.send(&opener, &[7; 5000]);
-    let mut finish = a.header(&opener, SHUTDOWN);
-    finish.flags = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
-    a.transmit(finish, &[]);
+    shut(&mut a, &opener, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
     // As Linux does after 8 s.
     a.sign(&opener, RST);
     a.ping();
@@ -505,18 +514,14 @@ fn what_was_held_back_for_a_guest_comes_before_the_end() {
     // One that closes without taking it is not waited for.
     node.bring_pair(a.cid, b.cid, 9);
     told(&mut b);
-    let accepter = b.agent(7001, SOCKETS_PORT, STREAM);
-    b.send(&accepter, &name(9, false));
+    let accepter = take(&mut b, 7001, 9, false);
     told(&mut a);
-    let opener = a.agent(7001, SOCKETS_PORT, STREAM);
-    a.send(&opener, &name(9, true));
+    let opener = take(&mut a, 7001, 9, true);
     b.fwd_cnt = 0;
     a.send(&opener, &[7; 5000]);
     a.sign(&opener, RST);
     a.ping();
-    let mut finish = b.header(&accepter, SHUTDOWN);
-    finish.flags = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
-    b.transmit(finish, &[]);
+    shut(&mut b, &accepter, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
     b.wait(RST);
     assert_eq!(node.pair_left(), 0);
 }
@@ -524,9 +529,7 @@ fn what_was_held_back_for_a_guest_comes_before_the_end() {
 #[test]
 fn what_a_guest_says_before_the_other_is_there_arrives_in_order() {
     let node = Node::new();
-    let (mut a, mut b) = (node.guest(3), node.guest(4));
-    program(&node, &mut a);
-    program(&node, &mut b);
+    let (mut a, mut b) = guests(&node);
     let (opener, accepter) = two(&node, &mut a, &mut b, b"early");
     assert_eq!(a.receive_bytes().1, b"early");
     b.send(&accepter, b"late");
@@ -538,22 +541,11 @@ fn what_a_guest_says_before_the_other_is_there_arrives_in_order() {
 #[test]
 fn two_guests_connection_is_shown_and_cut_like_any() {
     let node = Node::new();
-    let (mut a, mut b) = (node.guest(3), node.guest(4));
-    program(&node, &mut a);
-    program(&node, &mut b);
+    let (mut a, mut b) = guests(&node);
     two(&node, &mut a, &mut b, b"");
-    let resume = |opener| Message::ResumeSocket {
-        connection: 8,
-        peer: 50,
-        peer_port: 60,
-        port: 7,
-        kind: SocketKind::Stream,
-        opener,
-        ticket: [0; 32],
-    };
-    for (guest, opener) in [(&mut a, 1), (&mut b, 0)] {
+    for (guest, opener) in [(&mut a, true), (&mut b, false)] {
         let again = guest.agent(5001, CONTROL_PORT, SEQPACKET);
-        guest.send(&again, &encoded(6, &resume(opener)));
+        guest.send(&again, &encoded(6, &resume(8, opener)));
         until("an answer", || guest.poll().filter(|packet| matches!(decode(&packet.1), Ok((6, _)))));
     }
     let shown = node.shown();

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from contextlib import ExitStack
-from types import TracebackType
 
-from isthmus.bench.bridge import BridgeError, Holder, find_tool, run_ip
+from isthmus.bench.namespaces import BridgeError, Sides, find_tool, run_ip
 
 __all__ = ["LOST", "Cable"]
 
@@ -18,7 +16,7 @@ LOST = 0.01
 _TIMEOUT_S = 10
 
 
-class Cable:
+class Cable(Sides):
     """A context in which the namespaces `left` and `right` are joined by a virtual cable.
 
     Parameters
@@ -53,42 +51,24 @@ class Cable:
     def __init__(
         self, mtu: int = 9000, gigabits: int | None = None, offloads: bool = True, lost: float = 0.0
     ) -> None:
+        super().__init__()
         self._mtu = mtu
         self._gigabits = gigabits
         self._offloads = offloads
         self._lost = lost
-        self._stack = ExitStack()
-        self._pids: dict[str, int] = {}
-
-    def __enter__(self) -> Cable:
-        with ExitStack() as stack:
-            self._build(stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    def prefix(self, side: str) -> list[str]:
-        """The command that runs another one in the namespace `left` or `right`."""
-        return [find_tool("nsenter"), "-n", "-t", str(self._pids[side]), "--"]
 
     def _build(self, stack: ExitStack) -> None:
         if os.geteuid() != 0:
             raise BridgeError("a card is opened by root")
+        self._enter = [find_tool("nsenter"), "-n"]
         for side in ("left", "right"):
-            holder = Holder([find_tool("unshare"), "-n", "--"])
-            stack.callback(holder.close)
-            self._pids[side] = holder.pid
+            self._pids[side] = self._hold(stack, [find_tool("unshare"), "-n", "--"])
         right = self._pids["right"]
         ip = find_tool("ip")
         pair = f"type veth peer name {self.interface} netns {right} mtu {self._mtu}"
         run_ip([*self.prefix("left"), ip], [f"link add {self.interface} mtu {self._mtu} {pair}"])
-        for side, address in (("left", self.left_address), ("right", self.right_address)):
-            lines = ["link set lo up", f"address add {address}/24 dev {self.interface}"]
-            run_ip([*self.prefix(side), ip], [*lines, f"link set {self.interface} up"])
+        self._set_up()
+        for side in ("left", "right"):
             if not self._offloads:
                 run_ip([*self.prefix(side), ip], [f"link set {self.interface} gso_max_segs 1"])
             if self._gigabits is not None:
@@ -100,8 +80,6 @@ class Cable:
                 self._run(side, "tc", "filter", "add", "dev", self.interface, "ingress", *chance)
 
     def _run(self, side: str, tool: str, *words: str) -> None:
-        if shutil.which(tool) is None and shutil.which(tool, path="/usr/sbin:/sbin") is None:
-            raise BridgeError(f"{tool} is not installed")
         command = [*self.prefix(side), find_tool(tool), *words]
         done = subprocess.run(command, text=True, capture_output=True, timeout=_TIMEOUT_S)
         if done.returncode:

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from isthmus.bench.bridge import BridgeError, Holder, find_tool, run_ip
 from isthmus.bench.cases import Settings
+from isthmus.bench.namespaces import BridgeError, Holder, find_tool, run_ip
 from isthmus.bench.process import Pool, Worker
 from isthmus.bench.transports import Setup, Transport
 from isthmus.testing import PrivateBroker

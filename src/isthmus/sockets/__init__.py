@@ -6,7 +6,8 @@ import socket as _socket
 from typing import TYPE_CHECKING
 
 from .address import Address, read_address
-from .socket import Socket, Stats
+from .handle import Stats
+from .socket import Socket
 
 if TYPE_CHECKING:
     from isthmus.node import Node

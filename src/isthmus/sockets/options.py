@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from isthmus.errors import Unsupported
 
 if TYPE_CHECKING:
-    from .socket import Socket
+    from .handle import Handle
 
 __all__ = ["get_option", "option_name", "ring_sizes", "set_option"]
 
@@ -78,7 +78,7 @@ def _timeval(seconds: float | None) -> bytes:
     return struct.pack(_TIMEVAL, whole, int(((seconds or 0) - whole) * 1_000_000))
 
 
-def _read(sock: Socket, key: Key) -> int | bytes | None:
+def _read(sock: Handle, key: Key) -> int | bytes | None:
     end = sock._end
     answers: dict[Key, Callable[[], int | bytes]] = {
         (_SOL, socket.SO_TYPE): lambda: int(end.type),
@@ -98,7 +98,7 @@ def _read(sock: Socket, key: Key) -> int | bytes | None:
     return _FIXED.get(key)
 
 
-def get_option(sock: Socket, level: int, option: int, room: int = 0) -> int | bytes:
+def get_option(sock: Handle, level: int, option: int, room: int = 0) -> int | bytes:
     """As `socket.socket.getsockopt`."""
     if not 0 <= room <= 1024:
         raise OSError(errno.EINVAL, "getsockopt buflen out of range")
@@ -113,7 +113,7 @@ def get_option(sock: Socket, level: int, option: int, room: int = 0) -> int | by
     return value[:room] if room else int(struct.unpack_from("i", value)[0])
 
 
-def set_option(sock: Socket, level: int, option: int, value: int | bytes | None, room: int | None) -> None:
+def set_option(sock: Handle, level: int, option: int, value: int | bytes | None, room: int | None) -> None:
     """As `socket.socket.setsockopt`."""
     key = (level, option)
     if value is None:
