@@ -124,7 +124,8 @@ impl Pulls {
             reply: profile.reply.max(1).into(),
             // A block's frames have a bit each.
             replies: u32::from(profile.replies).clamp(1, 64),
-            blocks: usize::from(limits.blocks.max(1)),
+            // A frame's number is a byte, and says which frame it is.
+            blocks: usize::from(limits.blocks.min(u8::MAX / profile.replies.max(1)).max(1)),
             all_blocks: limits.all_blocks.into(),
             block_time: 0,
             deviation: 0,
@@ -472,7 +473,11 @@ mod tests {
     #[test]
     fn answers_are_what_the_puller_expects() {
         let profile = Profile::WIRE;
-        for (length, offset) in [(1, 0), (4096, 0), (4097, 4095), (100_000, 100), (32768 * 4 + 1, 8191)] {
+        const GIB_4: u32 = u32::MAX;
+        let around = [4096, 4096 * 8, 4096 * 8 * 4].map(|limit| [limit - 1, limit, limit + 1]);
+        let around = around.into_iter().flatten().flat_map(|length| [(length, 0), (length, 100)]);
+        let others = [(1, 0), (4097, 4095), (32768 * 4 + 1, 8191), (GIB_4, 0), (GIB_4 - 5000, 5000)];
+        for (length, offset) in around.chain(others) {
             let mut pulls = Pulls::new(1, &profile, &Limits::default());
             let window = Window { id: 1, sequence: 1, offset };
             pulls.start(7, 9, window, length, u64::MAX, 1);
@@ -503,6 +508,21 @@ mod tests {
                 }
             }
             assert_eq!(got, length);
+        }
+    }
+
+    #[test]
+    fn no_two_frames_that_are_asked_for_have_one_number() {
+        for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500)] {
+            let mut pulls =
+                Pulls::new(1, &profile, &Limits { blocks: 255, all_blocks: 255, ..Limits::default() });
+            pulls.start(0, 0, Window { id: 1, sequence: 1, offset: 5 }, u32::MAX - 5, u64::MAX, 1);
+            let mut frames = 0;
+            pulls.turn(1, &Timing::default(), &mut Vec::new(), |_, _, _, _, (skip, block, _)| {
+                frames += (skip + block).div_ceil(profile.reply.into());
+                true
+            });
+            assert!((128..256).contains(&frames), "{frames} frames");
         }
     }
 

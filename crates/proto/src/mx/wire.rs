@@ -218,6 +218,8 @@ pub struct Wire {
     config: Config,
     peers: Vec<Option<Peer>>,
     by_address: BTreeMap<(u64, u8), PeerId>,
+    /// What is expected first of peers that were forgotten, if they come again: nothing of what they were sent for.
+    forgotten: BTreeMap<(u64, u8), Sequence>,
     windows: Vec<Option<Sending>>,
     /// Of each window: which use of it this is.
     uses: Vec<u8>,
@@ -239,6 +241,7 @@ impl Wire {
             config,
             peers: Vec::new(),
             by_address: BTreeMap::new(),
+            forgotten: BTreeMap::new(),
             windows: (0..WINDOWS).map(|_| None).collect(),
             uses: alloc::vec![WINDOW_FIRST; WINDOWS],
             jobs: Jobs::default(),
@@ -332,7 +335,8 @@ impl Wire {
             return None;
         }
         // Any value but 0: peers take that for nothing yet.
-        let start = Sequence::from_bits((self.config.session >> 16 ^ self.config.session) as u16 | 1);
+        let first = Sequence::from_bits((self.config.session >> 16 ^ self.config.session) as u16 | 1);
+        let start = self.forgotten.remove(&(nic, endpoint)).unwrap_or(first);
         let peer = Some(Peer::new(nic, endpoint, start));
         let at = self.peers.iter().position(Option::is_none).unwrap_or(self.peers.len());
         match self.peers.get_mut(at) {
@@ -445,7 +449,12 @@ impl Wire {
     pub fn disconnect(&mut self, peer: PeerId, above: &mut impl Above) {
         self.clean_up(peer, true, above);
         if let Some(gone) = self.peers.get_mut(peer as usize).and_then(Option::take) {
-            self.by_address.remove(&(gone.nic, gone.endpoint));
+            let address = (gone.nic, gone.endpoint);
+            self.by_address.remove(&address);
+            if self.forgotten.len() >= PEERS_MAX {
+                self.forgotten.pop_first();
+            }
+            self.forgotten.insert(address, gone.next_match);
         }
     }
 
