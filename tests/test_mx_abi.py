@@ -429,6 +429,17 @@ def test_of_two_programs_of_two_nodes(
         first.check()
 
 
+@pytest.mark.system
+def test_a_request_has_a_timeout_of_its_own(
+    nodes: Nodes, compiled: Compiled, surroundings: Surroundings
+) -> None:
+    left, right = (surroundings("a", ISTHMUS_DOOR=nodes.doors[domain]) for domain in "ac")
+    with Part(compiled("pair"), "stay", left) as first:
+        where = (*first.where(), str(first.process.pid))
+        with Part(compiled("pair"), "impatient", right, *where) as second:
+            second.check()
+
+
 def test_a_receiver_keeps_no_more_than_it_said(start: Callable[..., Part]) -> None:
     with start("a", "held") as first, start("b", "flood", *first.where()) as second:
         first.check()

@@ -273,6 +273,99 @@ def test_a_card_may_end_in_the_middle(nodes: Nodes) -> None:
         exchange(a, c, peer, 100, sync=True)
 
 
+def ends(request: mx.Request) -> mx.Code:
+    status = request.wait(LIMIT_S)
+    assert status is not None
+    return status.code
+
+
+@contextlib.contextmanager
+def silent(card: int) -> Iterator[None]:
+    """Nothing comes from that node, nor goes there."""
+    os.kill(card, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(card, signal.SIGCONT)
+
+
+def test_a_request_has_a_timeout_of_its_own() -> None:
+    with Nodes() as nodes, nodes.endpoint("a") as a, nodes.endpoint("b") as b, nodes.endpoint("c") as c:
+        assert a.timeout == mx.TIMEOUT
+        peer, neighbour = a.connect(c.nic, c.id, KEY, LIMIT_S), a.connect(b.nic, b.id, KEY, LIMIT_S)
+        exchange(a, c, peer, 100, sync=True)
+        with silent(nodes.cards["right"]):
+            patient, beside = a.issend(peer, 1, b"x"), a.issend(neighbour, 1, b"x")
+            request = a.isend(peer, 2, bytes(1 << 20))
+            connect = a.iconnect(c.nic, c.id, KEY)
+            request.timeout, beside.timeout = 0.5, 0.1
+            assert (request.timeout, patient.timeout) == (0.5, mx.TIMEOUT)
+            before = time.monotonic()
+            # The peer is given up, and with it all that is under way.
+            assert [ends(one) for one in (request, patient, connect)] == [mx.Code.ENDPOINT_UNREACHABLE] * 3
+            assert 0.4 < time.monotonic() - before < 5
+            # Between neighbours nothing gets lost: whoever is not ready is waited for.
+            assert beside.test() is None
+            with pytest.raises(errors.MXError) as caught:
+                request.timeout = 1
+            assert caught.value.code == 13
+        exchange(a, c, a.connect(c.nic, c.id, KEY, LIMIT_S), 100, sync=True)
+
+
+def test_an_endpoint_has_a_timeout_for_its_requests() -> None:
+    with Nodes() as nodes, nodes.endpoint("a", timeout=0.5) as a, nodes.endpoint("c") as c:
+        peer = a.connect(c.nic, c.id, KEY, LIMIT_S)
+        with silent(nodes.cards["right"]):
+            a.timeout = None
+            patient = a.issend(peer, 1, b"x")
+            time.sleep(1.5)
+            assert patient.test() is None
+            # It has ended for the program, and goes on for the peer.
+            early = a.isend(peer, 1, b"x")
+            early.timeout = 0.5
+            assert ends(early) is mx.Code.SUCCESS
+            assert ends(patient) is mx.Code.ENDPOINT_UNREACHABLE
+            a.timeout = 0.5
+            connect = a.iconnect(c.nic, c.id, KEY)
+            assert connect.timeout == 0.5
+            assert ends(connect) is mx.Code.ENDPOINT_UNREACHABLE
+
+
+def test_a_receive_that_is_not_continued_ends_alone() -> None:
+    with Nodes() as nodes, nodes.endpoint("a") as a, nodes.endpoint("c") as c:
+        peer = a.connect(c.nic, c.id, KEY, LIMIT_S)
+        receive = c.irecv(1, bytearray(400 << 20))
+        receive.timeout = 0.5
+        a.isend(peer, 1, bytes(400 << 20))
+        time.sleep(0.1)
+        with silent(nodes.cards["left"]):
+            waiting = c.irecv(2, bytearray(5))
+            waiting.timeout = 0.1
+            assert ends(receive) is mx.Code.ENDPOINT_UNREACHABLE
+            # Nothing has come that it could wait for.
+            assert waiting.test() is None
+        a.isend(peer, 2, b"later")
+        assert ends(waiting) is mx.Code.SUCCESS
+
+
+def test_a_timeout_that_is_none_is_refused(nodes: Nodes) -> None:
+    for timeout in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="seconds"):
+            nodes.endpoint("a", timeout=timeout)
+
+
+def test_timeouts_run_while_there_is_no_card() -> None:
+    with Nodes() as nodes, nodes.endpoint("a") as a, nodes.endpoint("c") as c:
+        peer = a.connect(c.nic, c.id, KEY, LIMIT_S)
+        os.kill(nodes.cards["left"], signal.SIGKILL)
+        becomes(lambda: not a.has_card, "nobody hears that the card is gone")
+        request = a.issend(peer, 1, b"x")
+        request.timeout = 0.5
+        before = time.monotonic()
+        assert ends(request) is mx.Code.ENDPOINT_UNREACHABLE
+        assert time.monotonic() - before < 5
+
+
 def test_it_goes_on_while_the_program_computes(nodes: Nodes) -> None:
     with nodes.endpoint("a") as a, nodes.endpoint("c") as c:
         peer = a.connect(c.nic, c.id, KEY, LIMIT_S)

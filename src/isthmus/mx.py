@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     #: One buffer, or several that are one message, or None for no bytes.
     Data = Buffer | list[Any] | tuple[Buffer, ...] | None
 
-__all__ = ["ALL", "Code", "Endpoint", "Peer", "Request", "Status", "buffer"]
+__all__ = ["ALL", "TIMEOUT", "Code", "Endpoint", "Peer", "Request", "Status", "buffer"]
 
 #: The mask that ignores nothing.
 ALL = 2**64 - 1
+#: Before a peer of another node that does not answer is given up, unless the program says otherwise, seconds.
+TIMEOUT = 500.0
 
 
 class Code(IntEnum):
@@ -123,12 +125,36 @@ class Status:
 class Request:
     """Something asked of an endpoint that has not ended, or was not asked about since. Can be awaited."""
 
-    __slots__ = ("_endpoint", "_id", "_status")
+    __slots__ = ("_endpoint", "_id", "_status", "_timeout")
 
     def __init__(self, endpoint: Endpoint, id: int) -> None:
         self._endpoint = endpoint
         self._id = id
         self._status: Status | None = None
+        self._timeout = endpoint._timeout
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a peer of another node may leave this request without an answer; None: for ever.
+
+        Then the peer is given up, and all that is under way with it ends (`Code.ENDPOINT_UNREACHABLE`). It is
+        counted from when the request was made, and is the endpoint's unless set. Of a receive it counts
+        while a message longer than 32 KiB is fetched, and only the receive ends. In a node nothing gets lost,
+        and nothing is counted.
+
+        Raises
+        ------
+        ValueError
+            It is negative, or no number.
+        MXError
+            The request has ended, and was asked about.
+        """
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._endpoint._native.set_timeout(self._id, seconds)
+        self._timeout = seconds
 
     def test(self) -> Status | None:
         """Its status if it has ended. Does not wait."""
@@ -193,6 +219,9 @@ class Endpoint:
         Use the card, if the node has one, to reach other nodes.
     spin : bool, default False
         Never sleep while waiting.
+    timeout : float or None, seconds, default 500
+        A peer of another node that does not answer for so long is given up; None: never. Requests may have
+        their own: `Request.timeout`.
     node : Node, optional
         Whose door to use; by default that of `isthmus.attach`.
 
@@ -212,6 +241,7 @@ class Endpoint:
         context: tuple[int, int] = (0, 0),
         wire: bool = True,
         spin: bool = False,
+        timeout: float | None = TIMEOUT,
         node: Node | None = None,
     ) -> None:
         self._node = node or attach()
@@ -225,6 +255,9 @@ class Endpoint:
             wait=0 if spin else 1,
         )
         self._wire = wire
+        self._timeout: float | None = TIMEOUT
+        if timeout != TIMEOUT:
+            self.timeout = timeout
         self._requests: dict[int, Request] = {}
         self._peers: dict[tuple[int, int], Peer] = {}
         #: Coroutines that wait for the next ending; the descriptor tells of it while there are any.
@@ -253,6 +286,19 @@ class Endpoint:
         peer = self._peer(self._native.address)
         assert peer is not None
         return peer
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a peer of another node may leave a request without an answer; None: for ever.
+
+        Of requests that are made from now on; see `Request.timeout`.
+        """
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._native.set_timeout(None, seconds)
+        self._timeout = seconds
 
     # Connecting.
 

@@ -1,7 +1,7 @@
 /*
  * Two programs of two domains. The first word of the command line says which part this one plays, and for whom: the
- * others are NIC, in hexadecimal, and ENDPOINT of the peer. A part that others connect to first says where it is, on
- * a line of its own, and goes on.
+ * others are NIC, in hexadecimal, and ENDPOINT of the peer, and its PID for a part that stops it. A part that others
+ * connect to first says where it is, on a line of its own, and goes on.
  */
 #include <pthread.h>
 #include <signal.h>
@@ -15,6 +15,7 @@ enum { CONTEXT_SHIFT = 41, THREADS = 12, LONG = 256 << 20 };
 static mx_endpoint_addr_t peer;
 static uint64_t peer_nic;
 static uint32_t peer_id;
+static pid_t peer_pid;
 
 static const uint32_t lengths[] = {0,    1,    32,    33,    128,   129,    4095,   4096,
                                    4097, 8192, 32767, 32768, 32769, 131072, 131073, 1048577};
@@ -371,6 +372,35 @@ static void woken(void) {
   for (at = 0; at < THREADS; at++) CHECK(pthread_join(all[at], NULL) == 0);
 }
 
+/* --- a peer that does not answer --- */
+
+static void impatient(void) {
+  mx_request_t pending, hasty;
+  begin_pair();
+  peer = connect_to(peer_nic, peer_id);
+  pending = issend(NULL, 0, 1);
+  CHECK(kill(peer_pid, SIGSTOP) == 0);
+  /* Patience is with the peer that has gone quiet: a request without any of its own ends with the one that has. */
+  hasty = issend(NULL, 0, 2);
+  OK(mx_set_request_timeout(endpoint, hasty, 300));
+  CHECK(finish(hasty).code == MX_STATUS_ENDPOINT_UNREACHABLE);
+  CHECK(finish(pending).code == MX_STATUS_ENDPOINT_UNREACHABLE);
+  CHECK(kill(peer_pid, SIGCONT) == 0);
+  peer = connect_to(peer_nic, peer_id);
+  OK(mx_set_request_timeout(endpoint, NULL, 300));
+  pending = issend(NULL, 0, 1);
+  OK(mx_set_request_timeout(endpoint, pending, 0));
+  hasty = send_to(peer, "not here", 8, 2);
+  CHECK(finish(hasty).code == MX_STATUS_SUCCESS);
+  /* Both are there, so there is nothing to lose patience with. */
+  usleep(600000);
+  CHECK(!is_done(&pending));
+  CHECK(kill(peer_pid, SIGSTOP) == 0);
+  hasty = issend(NULL, 0, 3);
+  CHECK(finish(hasty).code == MX_STATUS_ENDPOINT_UNREACHABLE);
+  CHECK(finish(pending).code == MX_STATUS_ENDPOINT_UNREACHABLE);
+}
+
 /* --- a peer that dies --- */
 
 static void bereaved(int sends) {
@@ -561,7 +591,7 @@ static const struct test parts[] = {
     {"watched", watched},   {"watcher", watcher},
     {"poster", poster},     {"mailer", mailer},
     {"held", held},         {"flood", flood},
-    {"rails", rails},
+    {"rails", rails},       {"impatient", impatient},
 };
 
 int main(int argc, char **argv) {
@@ -569,5 +599,6 @@ int main(int argc, char **argv) {
     peer_nic = strtoull(argv[2], NULL, 16);
     peer_id = (uint32_t)strtoul(argv[3], NULL, 10);
   }
+  if (argc > 4) peer_pid = (pid_t)strtol(argv[4], NULL, 10);
   return run(parts, sizeof parts / sizeof *parts, argc, argv);
 }

@@ -233,7 +233,7 @@ pub trait Endpoint: Send + Sync + 'static {
     fn cancel(&self, id: RequestId) -> Result<bool, Fault>;
     /// It completes without anybody being told.
     fn forget(&self, id: RequestId) -> Result<(), Fault>;
-    /// `id` of `None`: those posted from now on.
+    /// Peers that do not answer this request for so long are given up. `id` of `None`: those posted from now on.
     fn set_patience(&self, id: Option<RequestId>, patience: Patience) -> Result<(), Fault>;
 
     fn set_unexpected(&self, handler: Option<Unexpected>);

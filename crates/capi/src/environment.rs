@@ -39,10 +39,12 @@ pub fn early_sends_max() -> Option<usize> {
 /// How the side of other nodes takes its time.
 pub fn timing() -> Timing {
     let usual = Timing::default();
-    let resends = number("MX_MAX_RETRIES", "OMX_RESENDS_MAX").and_then(|most| most.try_into().ok());
+    // Of stations that send again every half second.
+    let resends =
+        number("MX_MAX_RETRIES", "OMX_RESENDS_MAX").map(|most| most.saturating_mul(usual.resend_max));
     let ack_after = number("MX_IMM_ACK", "OMX_NOTACKED_MAX").and_then(|most| most.try_into().ok());
     Timing {
-        resends: resends.unwrap_or(usual.resends),
+        patience: resends.unwrap_or(usual.patience),
         ack_after: ack_after.unwrap_or(usual.ack_after),
         ..usual
     }

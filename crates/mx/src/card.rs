@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use isthmus_engine::node::{Attachment, ConnectRequest};
 use isthmus_engine::{Connection, Dest, Error, Front, How, Source, lane};
 use isthmus_proto::mx::Status;
-use isthmus_proto::mx::wire::{Above, Arrival, Body, Config, Large, Limits, PeerId, Reply, Verdict, Wire};
+use isthmus_proto::mx::wire::{
+    Above, Arrival, Body, Config, Large, Limits, PeerId, Pending, Reply, Verdict, Wire,
+};
 use isthmus_wire::card::{self, FRAME_HEAD as FRONT, Opening, RECORD_MAX};
 use isthmus_wire::control::SocketKind;
 use isthmus_wire::mxoe::{
@@ -19,8 +21,9 @@ use isthmus_wire::mxoe::{
 };
 
 use crate::buffer::Parts;
+use crate::codes::Return;
 use crate::peers::Path;
-use crate::requests::{Kind, Request};
+use crate::requests::{Kind, Request, RequestId, Stage};
 use crate::state::{EAGER_MAX, Kept, State, Unexpected, WIRE_TICKET};
 
 /// It answers within this.
@@ -98,6 +101,7 @@ impl State {
         if self.profile == Some(profile) {
             if let Some(card) = &mut self.card {
                 card.connection = connection;
+                card.wire.resume(isthmus_sys::clock::now_ns());
                 return;
             }
         }
@@ -157,7 +161,33 @@ impl State {
         let mut copy = Request::new(Kind::Send, Parts::empty(), peer, matching, length, 0);
         (copy.copied, copy.buffered) = (Some(data.into()), true);
         self.buffered += 1;
-        self.requests.add(copy).slot()
+        let copy = self.requests.add(copy);
+        if let Some(original) = self.requests.at(slot) {
+            original.copy = Some(copy);
+        }
+        copy.slot()
+    }
+
+    /// A peer of another node that does not answer this request for so long is given up, ns.
+    ///
+    /// # Errors
+    /// There is no such request.
+    pub fn set_patience_of(&mut self, id: RequestId, ns: u64) -> Result<(), Return> {
+        let request = self.requests.get(id).ok_or(Return::BadRequest)?;
+        request.patience = Some(ns);
+        let pending = match (request.kind, request.stage, request.copy) {
+            (Kind::Send, Stage::Done, Some(copy)) if self.requests.get(copy).is_some() => {
+                Pending::Send(copy.slot())
+            }
+            (_, Stage::Done, _) => return Ok(()),
+            (Kind::Send, ..) => Pending::Send(id.slot()),
+            (Kind::Connect, ..) => Pending::Connect(id.slot()),
+            (Kind::Receive, ..) => Pending::Pull(id.slot()),
+        };
+        if let Some(card) = &mut self.card {
+            card.wire.set_patience_of(pending, ns);
+        }
+        Ok(())
     }
 
     /// Fetch a large message that was kept.
@@ -265,13 +295,14 @@ impl State {
 
 /// The wire's questions.
 impl Above for State {
+    /// Without a card frames are lost, as on a cable that nobody has plugged in: time runs, and what was lost comes again.
     fn room(&self) -> usize {
-        let Some(lane) = &self.card_lane else { return 0 };
         if !self.backlog.is_empty() {
             return 0;
         }
+        let ahead = self.card_lane.as_ref().map_or(0, |lane| lane.in_flight());
         let longest = self.profile.map_or(AHEAD, |profile| profile.mtu() as usize + ETHERNET_LEN);
-        AHEAD.saturating_sub(lane.in_flight()) / longest
+        AHEAD.saturating_sub(ahead) / longest
     }
 
     fn transmit(&mut self, to: u64, frame: &Frame<'_>) {
@@ -360,6 +391,13 @@ impl Above for State {
                 Verdict::Take { ticket: slot, length }
             }
         }
+    }
+
+    fn patience(&mut self, ticket: u32) -> Option<u64> {
+        if ticket & WIRE_TICKET != 0 {
+            return None;
+        }
+        self.requests.at(ticket)?.patience
     }
 
     fn place(&mut self, ticket: u32, at: u32, data: &[u8]) {

@@ -81,6 +81,11 @@ fn at_most(time: Duration) -> How<'static> {
     How { deadline: Some(Instant::now() + time), ..How::default() }
 }
 
+/// `None` is for ever.
+fn in_ns(time: Option<Duration>) -> u64 {
+    time.map_or(u64::MAX, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+}
+
 fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
@@ -532,19 +537,27 @@ impl Endpoint {
         }
     }
 
-    /// Give peers of other nodes up after so long without an answer; `None`: after a very long time. Peers of this node
-    /// need no such limit: when they end is heard.
+    /// Give peers of other nodes up that do not answer what is asked for from now on for so long; `None`: never. Peers of
+    /// this node need no such limit: nothing gets lost on the way to them, and when they end is heard.
     pub fn set_patience(&self, patience: Option<Duration>) {
         if !self.shared.is_ours() {
             return;
         }
-        let ns = patience.map_or(u64::MAX, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        let ns = in_ns(patience);
         let mut state = self.shared.lock();
-        let timing = state.timing.giving_up_after(ns);
-        state.timing = timing;
+        state.timing.patience = ns;
         if let Some(card) = &mut state.card {
-            card.wire.set_timing(timing);
+            card.wire.set_patience(ns);
         }
+    }
+
+    /// The same for one request, counted from when it was asked for; of a receive, while its message is fetched.
+    ///
+    /// # Errors
+    /// [`Return::BadRequest`].
+    pub fn set_patience_of(&self, id: RequestId, patience: Option<Duration>) -> Result<()> {
+        self.check_process()?;
+        Ok(self.shared.lock().set_patience_of(id, in_ns(patience))?)
     }
 
     /// Let everybody go who waits now.

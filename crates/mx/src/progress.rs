@@ -475,9 +475,11 @@ impl Shared {
                 limit = Duration::ZERO;
             }
         }
-        if let (Some(card), Some(lane)) = (&state.card, &state.card_lane) {
+        if let Some(card) = &state.card {
             let due = card.wire.due().saturating_sub(now_ns());
             limit = limit.min(Duration::from_nanos(due));
+        }
+        if let Some(lane) = &state.card_lane {
             if lane.park(true, !state.backlog.is_empty()).unwrap_or(true) {
                 limit = Duration::ZERO;
             }

@@ -85,6 +85,10 @@ pub(crate) struct Request {
     pub own: bool,
     /// The program was told that it has ended: it ends here when the peer has it.
     pub buffered: bool,
+    /// What goes on for this one, which has ended in that way.
+    pub copy: Option<RequestId>,
+    /// Its own, ns; `None`: the endpoint's.
+    pub patience: Option<u64>,
     generation: u32,
 }
 
@@ -112,6 +116,8 @@ impl Request {
             forgotten: false,
             own: false,
             buffered: false,
+            copy: None,
+            patience: None,
             generation: 0,
         }
     }

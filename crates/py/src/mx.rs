@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use isthmus_mx::{
     Address, Contexts, Endpoint, Fault, How, Options, Parts, Pattern, Report, RequestId, Wait, Window,
@@ -104,6 +105,12 @@ impl MxEndpoint {
         let released = self.buffers().remove(&id);
         drop(released);
     }
+}
+
+/// Seconds; `None` is for ever.
+fn patience_of(seconds: Option<f64>) -> PyResult<Option<Duration>> {
+    let wrong = |s: f64| PyValueError::new_err(format!("timeout={s}: seconds, not negative, not NaN"));
+    seconds.map(|s| Duration::try_from_secs_f64(s).map_err(|_| wrong(s))).transpose()
 }
 
 fn pieces(buffers: &[Buffer]) -> Parts {
@@ -268,6 +275,18 @@ impl MxEndpoint {
         };
         drop(ended);
         Ok(())
+    }
+
+    /// Of one request, or of those that are asked for from now on.
+    fn set_timeout(&self, py: Python<'_>, id: Option<u64>, timeout: Option<f64>) -> PyResult<()> {
+        let patience = patience_of(timeout)?;
+        match id {
+            Some(id) => raise(py, self.inner.set_patience_of(RequestId(id), patience)),
+            None => {
+                self.inner.set_patience(patience);
+                Ok(())
+            }
+        }
     }
 
     fn wake_up(&self) {

@@ -361,17 +361,15 @@ impl Endpoint for Open {
         said(self.endpoint.forget(number(id)))
     }
 
-    /// A request that nobody answers takes its peer down with it, so that patience is the endpoint's; one request has
-    /// none of its own.
     fn set_patience(&self, id: Option<RequestId>, patience: Patience) -> Result<(), Fault> {
+        let time = match patience {
+            Patience::None => Some(Duration::ZERO),
+            Patience::For(time) => Some(time),
+            Patience::Forever => None,
+        };
         match id {
-            Some(id) => self.context(id).map(|_| ()),
+            Some(id) => said(self.endpoint.set_patience_of(number(id), time)),
             None => {
-                let time = match patience {
-                    Patience::None => Some(Duration::ZERO),
-                    Patience::For(time) => Some(time),
-                    Patience::Forever => None,
-                };
                 self.endpoint.set_patience(time);
                 Ok(())
             }

@@ -33,16 +33,32 @@ pub(crate) struct Outgoing {
     pub length: u32,
     pub sequence: Sequence,
     pub sent_at: u64,
-    /// When to send it again.
+    /// When to send it again, and how long that was to be waited for.
     pub due: u64,
+    pub wait: u64,
     /// How often it was sent.
     pub times: u32,
+    /// The peer is given up that lets it wait for so long, ns.
+    pub patience: u64,
+    /// When it was asked for, on the clock of [`Peer::waited`].
+    pub from: u64,
 }
 
 impl Outgoing {
     pub fn new(what: What, send: Option<u32>, matching: u64, length: u32) -> Self {
-        let sequence = Sequence::first(0);
-        Self { what, send, matching, length, sequence, sent_at: 0, due: 0, times: 0 }
+        Self {
+            what,
+            send,
+            matching,
+            length,
+            sequence: Sequence::first(0),
+            sent_at: 0,
+            due: 0,
+            wait: 0,
+            times: 0,
+            patience: u64::MAX,
+            from: 0,
+        }
     }
 
     /// Bytes that its frames carry.
@@ -58,7 +74,18 @@ pub(crate) struct Connecting {
     pub key: u32,
     pub number: u8,
     pub due: u64,
+    pub wait: u64,
     pub times: u32,
+    /// How long it may go without an answer, and has, ns.
+    pub patience: u64,
+    pub silence: u64,
+}
+
+impl Connecting {
+    /// It is time to ask again, if not to give up.
+    pub fn is_spent(&self, now: u64) -> bool {
+        self.times > 0 && self.due <= now && self.silence.saturating_add(self.wait) >= self.patience
+    }
 }
 
 /// A message of several fragments, not all of which have come.
@@ -132,6 +159,11 @@ pub(crate) struct Peer {
     pub unacked: VecDeque<Outgoing>,
     /// Bytes of `unacked`.
     pub in_flight: u32,
+    /// A clock that runs while there is something to be acknowledged, ns: the waits that are over. No wait counts for more
+    /// than it was to take: a program that was stopped itself has not waited.
+    waits: u64,
+    /// When the peer last acknowledged anything, on that clock.
+    answered: u64,
     /// Until this is acknowledged the peer misses something: what is next after an acknowledgement is sent again.
     pub recovering: Option<Sequence>,
     pub connects: VecDeque<Connecting>,
@@ -167,6 +199,8 @@ impl Peer {
             queue: VecDeque::new(),
             unacked: VecDeque::new(),
             in_flight: 0,
+            waits: 0,
+            answered: 0,
             recovering: None,
             connects: VecDeque::new(),
             connect_number: 0,
@@ -279,6 +313,39 @@ impl Peer {
 
     // ---- sending
 
+    /// A message that is to be sent when its turn comes.
+    pub fn enqueue(&mut self, now: u64, one: Outgoing, patience: u64) {
+        self.queue.push_back(Outgoing { patience, from: self.waited(now), ..one });
+    }
+
+    /// All that is to be acknowledged some time.
+    pub fn outgoing(&mut self) -> impl Iterator<Item = &mut Outgoing> {
+        self.unacked.iter_mut().chain(&mut self.queue)
+    }
+
+    /// What the clock of waiting shows.
+    pub fn waited(&self, now: u64) -> u64 {
+        let oldest = self.unacked.front();
+        let running = oldest.map_or(0, |one| one.wait.saturating_sub(one.due.saturating_sub(now)));
+        self.waits.saturating_add(running)
+    }
+
+    /// If it is time to send the oldest message again: has any waited for as long as it may?
+    pub fn loses_patience(&mut self, now: u64) -> bool {
+        let Some(oldest) = self.unacked.front().filter(|oldest| oldest.due <= now) else { return false };
+        self.waits = self.waits.saturating_add(oldest.wait);
+        let (waits, answered) = (self.waits, self.answered);
+        self.outgoing().any(|one| waits.saturating_sub(one.from.max(answered)) >= one.patience)
+    }
+
+    /// The peer has answered, when the clock showed this; something else is the oldest now.
+    pub fn has_answered(&mut self, now: u64, waited: u64) {
+        (self.waits, self.answered) = (waited, waited);
+        if let Some(oldest) = self.unacked.front_mut() {
+            oldest.wait = oldest.wait.min(oldest.due.saturating_sub(now));
+        }
+    }
+
     /// May another message of so many bytes be on its way?
     pub fn window_open(&self, bytes: u32, limits: &Limits) -> bool {
         self.unacked.is_empty()
@@ -298,7 +365,7 @@ impl Peer {
         if value.session() != self.next_send.session() || steps > self.next_send.since(self.acked) {
             return Vec::new();
         }
-        let mut done = Vec::new();
+        let (waited, mut done) = (self.waited(now), Vec::new());
         while self.unacked.front().is_some_and(|one| one.sequence.since(self.acked) < steps) {
             let Some(one) = self.unacked.pop_front() else { break };
             self.in_flight -= one.carries();
@@ -309,6 +376,7 @@ impl Peer {
             }
             done.push(one);
         }
+        self.has_answered(now, waited);
         self.acked = value;
         if self.recovering.is_some_and(|until| value.since(until) < 1 << 13) {
             self.recovering = None;

@@ -80,10 +80,14 @@ pub(crate) struct Pull {
     frames: u32,
     left: u32,
     due: u64,
-    /// Times that nothing came in a row.
+    /// Times that nothing came in a row, and for how long together, ns, up to when.
     silent: u32,
-    /// When something came of it.
-    heard_at: u64,
+    silence: u64,
+    silent_at: u64,
+    /// After so much it is given up.
+    patience: u64,
+    /// What was asked for is lost.
+    is_lost: bool,
     generation: u32,
 }
 
@@ -120,14 +124,15 @@ impl Pulls {
             reply: profile.reply.max(1).into(),
             // A block's frames have a bit each.
             replies: u32::from(profile.replies).clamp(1, 64),
-            blocks: usize::from(limits.blocks.max(1)),
+            // A frame's number is a byte, and says which frame it is.
+            blocks: usize::from(limits.blocks.min(u8::MAX / profile.replies.max(1)).max(1)),
             all_blocks: limits.all_blocks.into(),
             block_time: 0,
             deviation: 0,
         }
     }
 
-    pub fn start(&mut self, peer: u32, ticket: u32, window: Window, length: u32, now: u64) {
+    pub fn start(&mut self, peer: u32, ticket: u32, window: Window, length: u32, patience: u64, now: u64) {
         let pull = Pull {
             peer,
             ticket,
@@ -139,7 +144,10 @@ impl Pulls {
             left: length,
             due: now,
             silent: 0,
-            heard_at: now,
+            silence: 0,
+            silent_at: now,
+            patience,
+            is_lost: false,
             generation: 0,
         };
         self.waiting.push_back(pull);
@@ -188,7 +196,7 @@ impl Pulls {
         }
         block.missing &= !(1 << n);
         pull.left -= len as u32;
-        (pull.silent, pull.heard_at, pull.due) = (0, now, now);
+        (pull.silent, pull.silence, pull.silent_at, pull.due) = (0, 0, now, now);
         if block.missing == 0 {
             let sample = now.saturating_sub(block.asked_at);
             let error = sample.abs_diff(self.block_time);
@@ -200,6 +208,19 @@ impl Pulls {
             }
         }
         Some(pull.ticket)
+    }
+
+    /// Give it up after so much silence, ns.
+    pub fn set_patience(&mut self, ticket: u32, patience: u64) {
+        let all = self.slots.iter_mut().flatten().chain(&mut self.waiting);
+        all.filter(|pull| pull.ticket == ticket).for_each(|pull| pull.patience = patience);
+    }
+
+    /// What was asked for is lost, with its answers: it is asked for again at once.
+    pub fn ask_again(&mut self, now: u64) {
+        for pull in self.slots.iter_mut().flatten() {
+            (pull.due, pull.is_lost) = (now, true);
+        }
     }
 
     /// It is refused, or its peer is gone.
@@ -254,21 +275,19 @@ impl Pulls {
                 self.slots[slot] = Some(pull);
                 continue;
             }
-            if pull.left == 0 || now >= pull.heard_at.saturating_add(timing.pull_gives_up) {
-                let done = pull.left == 0;
-                ended.push(Ended {
-                    peer: pull.peer,
-                    ticket: pull.ticket,
-                    window: pull.window,
-                    outcome: if done { Ok(pull.length) } else { Err(Status::EndpointUnreachable) },
-                });
+            let cookie = self.cookie(slot, &pull);
+            let (peer, ticket, window, length) = (pull.peer, pull.ticket, pull.window, pull.length);
+            if pull.left == 0 {
+                ended.push(Ended { peer, ticket, window, outcome: Ok(length) });
                 continue;
             }
-            let cookie = self.cookie(slot, &pull);
-            let (peer, window, length) = (pull.peer, pull.window, pull.length);
             let mut send = |run: Run| ask(peer, window, cookie, length, (run.skip, run.length, run.first));
             self.go_on(&mut pull, now, timing, &mut send);
-            self.slots[slot] = Some(pull);
+            if pull.silent > 0 && pull.silence >= pull.patience {
+                ended.push(Ended { peer, ticket, window, outcome: Err(Status::EndpointUnreachable) });
+            } else {
+                self.slots[slot] = Some(pull);
+            }
         }
         self.admit();
     }
@@ -281,11 +300,12 @@ impl Pulls {
             pull.blocks.pop_front();
         }
         let patience = self.patience(pull.silent, timing);
+        let is_lost = core::mem::take(&mut pull.is_lost);
         let mut full = false;
         let mut silent = false;
         for block in pull.blocks.iter_mut().filter(|block| block.missing != 0) {
             let late = now >= block.asked_at.saturating_add(patience);
-            if full || !(late || block.asked_at < newest) {
+            if full || !(late || is_lost || block.asked_at < newest) {
                 continue;
             }
             silent |= late;
@@ -294,7 +314,12 @@ impl Pulls {
             }
             block.asked_at = now;
         }
-        pull.silent += u32::from(silent);
+        if silent {
+            // Blocks may be late one after the other; and a program that was stopped itself has not waited.
+            let waited = now.saturating_sub(pull.silent_at).min(patience);
+            (pull.silence, pull.silent_at) = (pull.silence.saturating_add(waited), now);
+            pull.silent += 1;
+        }
         let others: usize = self.slots.iter().flatten().map(|pull| pull.blocks.len()).sum();
         let most = self.blocks.min(self.all_blocks.saturating_sub(others)).max(1);
         while !full && pull.blocks.len() < most && pull.asked < pull.length {
@@ -429,7 +454,7 @@ mod tests {
         let limits = Limits { blocks: 64, all_blocks: 64, ..Limits::default() };
         let mut pulls = Pulls::new(1, &profile, &limits);
         let window = Window { id: 1, sequence: 1, offset };
-        pulls.start(0, 0, window, length, 1);
+        pulls.start(0, 0, window, length, u64::MAX, 1);
         let mut asked = Vec::new();
         pulls.turn(1, &Timing::default(), &mut Vec::new(), |_, _, _, _, run| {
             asked.push((run.2, run.0, run.1));
@@ -448,10 +473,14 @@ mod tests {
     #[test]
     fn answers_are_what_the_puller_expects() {
         let profile = Profile::WIRE;
-        for (length, offset) in [(1, 0), (4096, 0), (4097, 4095), (100_000, 100), (32768 * 4 + 1, 8191)] {
+        const GIB_4: u32 = u32::MAX;
+        let around = [4096, 4096 * 8, 4096 * 8 * 4].map(|limit| [limit - 1, limit, limit + 1]);
+        let around = around.into_iter().flatten().flat_map(|length| [(length, 0), (length, 100)]);
+        let others = [(1, 0), (4097, 4095), (32768 * 4 + 1, 8191), (GIB_4, 0), (GIB_4 - 5000, 5000)];
+        for (length, offset) in around.chain(others) {
             let mut pulls = Pulls::new(1, &profile, &Limits::default());
             let window = Window { id: 1, sequence: 1, offset };
-            pulls.start(7, 9, window, length, 1);
+            pulls.start(7, 9, window, length, u64::MAX, 1);
             let (mut jobs, mut got, mut now) = (Jobs::default(), 0, 1);
             loop {
                 let mut ended = Vec::new();
@@ -479,6 +508,21 @@ mod tests {
                 }
             }
             assert_eq!(got, length);
+        }
+    }
+
+    #[test]
+    fn no_two_frames_that_are_asked_for_have_one_number() {
+        for profile in [Profile::WIRE, Profile::own(9000), Profile::own(1500)] {
+            let mut pulls =
+                Pulls::new(1, &profile, &Limits { blocks: 255, all_blocks: 255, ..Limits::default() });
+            pulls.start(0, 0, Window { id: 1, sequence: 1, offset: 5 }, u32::MAX - 5, u64::MAX, 1);
+            let mut frames = 0;
+            pulls.turn(1, &Timing::default(), &mut Vec::new(), |_, _, _, _, (skip, block, _)| {
+                frames += (skip + block).div_ceil(profile.reply.into());
+                true
+            });
+            assert!((128..256).contains(&frames), "{frames} frames");
         }
     }
 

@@ -39,8 +39,9 @@ pub struct Timing {
     /// A message that is not acknowledged goes out again: at first, and at most, this much later.
     pub resend_first: u64,
     pub resend_max: u64,
-    /// How often, before the peer is given up.
-    pub resends: u32,
+    /// A peer is given up that does not answer for so long, unless a request has a patience of its own. Waits are counted
+    /// that are over.
+    pub patience: u64,
     /// An acknowledgement waits so long for something to go with, or for so many messages.
     pub ack_delay: u64,
     pub ack_after: u16,
@@ -48,8 +49,6 @@ pub struct Timing {
     pub pull_first: u64,
     pub pull_least: u64,
     pub pull_most: u64,
-    /// Nothing came for so long: the pull is given up.
-    pub pull_gives_up: u64,
     /// A sender of a large message that hears nothing asks whether the receiver is still there.
     pub keep_alive: u64,
     /// There was no room to send.
@@ -62,34 +61,15 @@ impl Default for Timing {
         Self {
             resend_first: 10 * MS,
             resend_max: 500 * MS,
-            resends: 1000,
+            patience: 500_000 * MS,
             ack_delay: 1000 * MS / 64,
             ack_after: 4,
             pull_first: 20 * MS,
             pull_least: MS,
             pull_most: 1000 * MS,
-            pull_gives_up: 500_000 * MS,
             keep_alive: 1000 * MS,
             no_room: MS / 2,
         }
-    }
-}
-
-impl Timing {
-    /// The same, and a peer that does not answer is given up after about `ns`.
-    #[must_use]
-    pub fn giving_up_after(mut self, ns: u64) -> Self {
-        let (mut left, mut wait) = (ns, self.resend_first.max(1));
-        self.resends = 0;
-        while left > 0 && wait < self.resend_max {
-            left = left.saturating_sub(wait);
-            wait = wait.saturating_mul(2);
-            self.resends += 1;
-        }
-        let rest = left.div_ceil(self.resend_max.max(1));
-        self.resends = self.resends.saturating_add(u32::try_from(rest).unwrap_or(u32::MAX));
-        self.pull_gives_up = ns;
-        self
     }
 }
 
@@ -124,6 +104,15 @@ pub struct Config {
 
 /// The peer of a message. Its number is used again after [`Wire::disconnect`].
 pub type PeerId = u32;
+
+/// What a program waits for, by the number that it gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pending {
+    Send(u32),
+    Connect(u32),
+    /// Of a large message: the ticket.
+    Pull(u32),
+}
 
 /// A large message that waits to be pulled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,6 +178,8 @@ pub trait Above {
     /// Bytes of a send, from `at` on.
     fn gather(&mut self, send: u32, at: u32, into: &mut [u8]);
     fn arrive(&mut self, arrival: Arrival<'_>) -> Verdict;
+    /// How long a large message under this ticket may keep silent while it is pulled, ns. `None`: as long as any.
+    fn patience(&mut self, ticket: u32) -> Option<u64>;
     fn place(&mut self, ticket: u32, at: u32, data: &[u8]);
     /// All of a ticket was placed, so many bytes; or no more will be.
     fn placed(&mut self, ticket: u32, outcome: Result<u32, Status>);
@@ -212,12 +203,23 @@ struct Sending {
     asked: u32,
     /// The receiver answers when it is asked, so its silence means something.
     answers: bool,
+    patience: u64,
+}
+
+impl Sending {
+    /// Is it given up? A question or its answer may be lost: it takes two.
+    fn is_spent(&self, timing: &Timing) -> bool {
+        let silence = timing.keep_alive.saturating_mul(self.asked.into());
+        self.answers && self.asked >= 2 && silence >= self.patience
+    }
 }
 
 pub struct Wire {
     config: Config,
     peers: Vec<Option<Peer>>,
     by_address: BTreeMap<(u64, u8), PeerId>,
+    /// What is expected first of peers that were forgotten, if they come again: nothing of what they were sent for.
+    forgotten: BTreeMap<(u64, u8), Sequence>,
     windows: Vec<Option<Sending>>,
     /// Of each window: which use of it this is.
     uses: Vec<u8>,
@@ -239,6 +241,7 @@ impl Wire {
             config,
             peers: Vec::new(),
             by_address: BTreeMap::new(),
+            forgotten: BTreeMap::new(),
             windows: (0..WINDOWS).map(|_| None).collect(),
             uses: alloc::vec![WINDOW_FIRST; WINDOWS],
             jobs: Jobs::default(),
@@ -255,9 +258,37 @@ impl Wire {
         (u32::from(fragment) * u32::from(fragments)).min(u16::MAX.into())
     }
 
-    /// Be so patient from now on.
-    pub fn set_timing(&mut self, timing: Timing) {
-        self.config.timing = timing;
+    /// What is asked for from now on has so much patience, ns.
+    pub fn set_patience(&mut self, ns: u64) {
+        self.config.timing.patience = ns;
+    }
+
+    /// This has so much patience, ns, counted from when it was asked for. Nothing happens if it has ended.
+    pub fn set_patience_of(&mut self, pending: Pending, ns: u64) {
+        let mut peers = self.peers.iter_mut().flatten();
+        match pending {
+            Pending::Send(send) => {
+                let its = peers.flat_map(Peer::outgoing).filter(|one| one.send == Some(send));
+                its.for_each(|one| one.patience = ns);
+                let its = self.windows.iter_mut().flatten().filter(|sending| sending.send == send);
+                its.for_each(|sending| sending.patience = ns);
+            }
+            Pending::Connect(connect) => {
+                let its = peers.find_map(|peer| peer.connects.iter_mut().find(|one| one.connect == connect));
+                its.into_iter().for_each(|one| one.patience = ns);
+            }
+            Pending::Pull(ticket) => self.pulls.set_patience(ticket, ns),
+        }
+    }
+
+    /// Frames may have been lost that nobody has missed yet, and there is a way again: everything goes out again.
+    pub fn resume(&mut self, now: u64) {
+        for peer in self.peers.iter_mut().flatten() {
+            peer.unacked.iter_mut().for_each(|one| (one.due, one.wait) = (now, 0));
+            peer.connects.iter_mut().for_each(|one| (one.due, one.wait) = (now, 0));
+        }
+        self.pulls.ask_again(now);
+        self.wake_at(now);
     }
 
     /// Longest message that comes in fragments, whoever sends it: others may have another limit than ours.
@@ -304,7 +335,8 @@ impl Wire {
             return None;
         }
         // Any value but 0: peers take that for nothing yet.
-        let start = Sequence::from_bits((self.config.session >> 16 ^ self.config.session) as u16 | 1);
+        let first = Sequence::from_bits((self.config.session >> 16 ^ self.config.session) as u16 | 1);
+        let start = self.forgotten.remove(&(nic, endpoint)).unwrap_or(first);
         let peer = Some(Peer::new(nic, endpoint, start));
         let at = self.peers.iter().position(Option::is_none).unwrap_or(self.peers.len());
         match self.peers.get_mut(at) {
@@ -330,11 +362,13 @@ impl Wire {
         connect: u32,
         above: &mut impl Above,
     ) -> bool {
+        let patience = self.config.timing.patience;
         let Some(id) = self.peer_at(nic, endpoint) else { return false };
         let Some(peer) = self.peer_mut(id) else { return false };
         let number = peer.connect_number;
         peer.connect_number = number.wrapping_add(1);
-        peer.connects.push_back(Connecting { connect, key, number, due: now, times: 0 });
+        let (due, wait, times, silence) = (now, 0, 0, 0);
+        peer.connects.push_back(Connecting { connect, key, number, due, wait, times, patience, silence });
         self.wake_at(now);
         self.tick(now, above);
         true
@@ -363,10 +397,11 @@ impl Wire {
         above: &mut impl Above,
     ) -> Result<(), Status> {
         let large = large || length > self.eager_max();
+        let patience = self.config.timing.patience;
         let to = self.peer_mut(peer).filter(|peer| peer.session.is_some()).ok_or(Status::BadSession)?;
         // A window is chosen when its turn comes.
         let what = if large { What::Rendezvous { window: 0 } } else { What::Eager };
-        to.queue.push_back(Outgoing::new(what, Some(send), matching, length));
+        to.enqueue(now, Outgoing::new(what, Some(send), matching, length), patience);
         self.pump(now, peer, above);
         Ok(())
     }
@@ -395,7 +430,8 @@ impl Wire {
     ) {
         let length = length.min(large.length);
         if length > 0 {
-            self.pulls.start(peer, ticket, large.window, length, now);
+            let patience = above.patience(ticket).unwrap_or(self.config.timing.patience);
+            self.pulls.start(peer, ticket, large.window, length, patience, now);
             return self.wake_at(now);
         }
         self.notify(now, peer, large.window, 0, above);
@@ -403,8 +439,9 @@ impl Wire {
     }
 
     fn notify(&mut self, now: u64, peer: PeerId, window: Window, length: u32, above: &mut impl Above) {
+        let patience = self.config.timing.patience;
         let Some(to) = self.peer_mut(peer) else { return };
-        to.queue.push_back(Outgoing::new(What::Notify { window }, None, 0, length));
+        to.enqueue(now, Outgoing::new(What::Notify { window }, None, 0, length), patience);
         self.pump(now, peer, above);
     }
 
@@ -412,7 +449,12 @@ impl Wire {
     pub fn disconnect(&mut self, peer: PeerId, above: &mut impl Above) {
         self.clean_up(peer, true, above);
         if let Some(gone) = self.peers.get_mut(peer as usize).and_then(Option::take) {
-            self.by_address.remove(&(gone.nic, gone.endpoint));
+            let address = (gone.nic, gone.endpoint);
+            self.by_address.remove(&address);
+            if self.forgotten.len() >= PEERS_MAX {
+                self.forgotten.pop_first();
+            }
+            self.forgotten.insert(address, gone.next_match);
         }
     }
 
@@ -521,8 +563,8 @@ impl Wire {
             one.sequence = peer.next_send;
             peer.next_send = peer.next_send.next();
             peer.in_flight += one.carries();
-            (one.sent_at, one.times) = (now, 1);
-            one.due = now.saturating_add(peer.resend_after(0, &timing));
+            (one.sent_at, one.times, one.wait) = (now, 1, peer.resend_after(0, &timing));
+            one.due = now.saturating_add(one.wait);
             if let What::Rendezvous { .. } = what {
                 one.what = What::Rendezvous { window };
                 self.open_window(window, id, &one);
@@ -552,6 +594,7 @@ impl Wire {
             due: None,
             asked: 0,
             answers: false,
+            patience: one.patience,
         });
     }
 
@@ -626,18 +669,16 @@ impl Wire {
             self.send_ack(id, above);
         }
         let Some(peer) = self.peer_mut(id) else { return };
-        let spent = |times: u32| times > timing.resends;
-        if peer.unacked.iter().any(|one| spent(one.times)) || peer.connects.iter().any(|one| spent(one.times))
-        {
+        if peer.loses_patience(now) || peer.connects.iter().any(|one| one.is_spent(now)) {
             return self.clean_up(id, true, above);
         }
         let expects = peer.next_match.bits();
         let (nic, ends) = (peer.nic, Ends { to: peer.endpoint, from: endpoint, generation: 0 });
         for one in peer.connects.iter_mut().filter(|one| one.due <= now) {
             let Connecting { key, number, .. } = *one;
-            one.times += 1;
-            let wait = (timing.resend_first << one.times.min(6)).min(timing.resend_max);
-            one.due = now.saturating_add(wait);
+            (one.times, one.silence) = (one.times + 1, one.silence.saturating_add(one.wait));
+            one.wait = (timing.resend_first << one.times.min(6)).min(timing.resend_max);
+            one.due = now.saturating_add(one.wait);
             let index = INDEX_UNKNOWN;
             above.transmit(nic, &Frame::Connect { ends, index, session, key, expects, number });
         }
@@ -657,12 +698,13 @@ impl Wire {
         let frames = self.peer(id).map_or(0, |peer| self.frames(&peer.unacked[at]));
         let Some(peer) = self.peer_mut(id) else { return };
         if frames > above.room() {
-            peer.unacked[at].due = now.saturating_add(timing.no_room);
+            let one = &mut peer.unacked[at];
+            (one.due, one.wait) = (now.saturating_add(timing.no_room), timing.no_room);
             return;
         }
         let wait = peer.resend_after(peer.unacked[at].times, &timing);
         let one = &mut peer.unacked[at];
-        (one.sent_at, one.times, one.due) = (now, one.times + 1, now.saturating_add(wait));
+        (one.sent_at, one.times, one.wait, one.due) = (now, one.times + 1, wait, now.saturating_add(wait));
         // It is looked at by nobody else meanwhile.
         let placeholder = Outgoing::new(one.what, None, 0, 0);
         let one = core::mem::replace(one, placeholder);
@@ -681,11 +723,11 @@ impl Wire {
             let Some(sending) = &mut self.windows[usize::from(window)] else { continue };
             let Some(due) = sending.due else { continue };
             if due <= now {
-                sending.asked += 1;
                 sending.due = Some(now.saturating_add(timing.keep_alive));
-                if sending.answers && sending.asked > timing.resends {
+                if sending.is_spent(&timing) {
                     dead = Some(sending.peer);
                 }
+                sending.asked += 1;
                 let what = What::Rendezvous { window: window as u8 };
                 let mut one = Outgoing::new(what, Some(sending.send), sending.matching, sending.length);
                 one.sequence = sending.sequence;

@@ -439,11 +439,11 @@ impl Wire {
             let Some(one) = peer.unacked.get_mut(at) else { return };
             // Its number must be acknowledged some time, or nothing behind it ever is: who nacks it has no such order.
             let (what, send) = (one.what, one.send.take());
-            peer.unacked.remove(at).into_iter().for_each(|one| {
-                if let Some(peer) = self.peer_mut(id) {
-                    peer.in_flight -= one.carries();
-                }
-            });
+            let waited = peer.waited(now);
+            if let Some(one) = peer.unacked.remove(at) {
+                peer.in_flight -= one.carries();
+            }
+            peer.has_answered(now, waited);
             match (what, send) {
                 (What::Rendezvous { window }, Some(_)) => {
                     if let Some(sending) = self.close_window(window) {

@@ -7,6 +7,7 @@ use core::cmp::Reverse;
 use isthmus_wire::mxoe::{ETHERNET_LEN, Head, decode, encode};
 
 use super::super::*;
+use super::CLEAR;
 
 pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1000 * MS;
@@ -53,6 +54,8 @@ pub struct Program {
     pub no_memory: u32,
     /// Take so many bytes of each.
     pub short: Option<u32>,
+    /// With pulls.
+    pub patience: Option<u64>,
     pub out: Vec<(u64, Vec<u8>)>,
     pub full: bool,
     nic: u64,
@@ -114,6 +117,10 @@ impl Above for Program {
         }
     }
 
+    fn patience(&mut self, _ticket: u32) -> Option<u64> {
+        self.patience
+    }
+
     fn place(&mut self, ticket: u32, at: u32, data: &[u8]) {
         self.arrived[ticket as usize].1[at as usize..][..data.len()].copy_from_slice(data);
     }
@@ -152,6 +159,9 @@ pub struct Weather {
     pub corrupted: u64,
 }
 
+/// Whether a frame is lost.
+type Loses = alloc::boxed::Box<dyn FnMut(&[u8]) -> bool>;
+
 /// When it arrives, in which order, at which side.
 type Flying = (u64, u64, usize, Vec<u8>);
 
@@ -159,12 +169,16 @@ pub struct Net {
     pub sides: [Side; 2],
     pub now: u64,
     dice: Dice,
-    weather: Weather,
+    pub weather: Weather,
     profile: Profile,
     flying: BinaryHeap<Reverse<Flying>>,
     serial: u64,
     /// Frames that are not delivered: one bit a type.
     pub swallowed: Vec<u8>,
+    /// The weather is for frames of this type.
+    pub only: Option<u8>,
+    /// Says which frames are lost.
+    pub loses: Option<Loses>,
     pub frames: u64,
     /// Nobody is at this side.
     pub gone: Option<usize>,
@@ -202,6 +216,8 @@ impl Net {
             flying: BinaryHeap::new(),
             serial: 0,
             swallowed: Vec::new(),
+            only: None,
+            loses: None,
             frames: 0,
             gone: None,
             busy: [0; 2],
@@ -241,16 +257,20 @@ impl Net {
         for (to, mut frame) in core::mem::take(&mut self.sides[from].program.out) {
             assert_eq!(to, NICS[1 - from]);
             self.frames += 1;
-            if self.dice.chance(self.weather.lost) || self.swallowed.contains(&frame[16]) {
+            let weather = if self.only.is_some_and(|kind| kind != frame[16]) { CLEAR } else { self.weather };
+            if self.dice.chance(weather.lost) || self.swallowed.contains(&frame[16]) {
                 continue;
             }
-            if self.dice.chance(self.weather.corrupted) {
+            if self.loses.as_mut().is_some_and(|loses| loses(&frame)) {
+                continue;
+            }
+            if self.dice.chance(weather.corrupted) {
                 let at = 14 + self.dice.roll() as usize % (frame.len() - 14);
                 frame[at] ^= 1 << (self.dice.roll() % 8);
             }
-            let copies = 1 + u64::from(self.dice.chance(self.weather.doubled));
+            let copies = 1 + u64::from(self.dice.chance(weather.doubled));
             for _ in 0..copies {
-                let late = if self.dice.chance(self.weather.late) { self.dice.roll() % (3 * MS) } else { 0 };
+                let late = if self.dice.chance(weather.late) { self.dice.roll() % (3 * MS) } else { 0 };
                 // 10 Gbit/s, and 20 µs on the way.
                 self.busy[from] = self.busy[from].max(self.now) + frame.len() as u64 * 4 / 5;
                 self.serial += 1;
@@ -271,14 +291,20 @@ impl Net {
 
     pub fn run_for(&mut self, time: u64) {
         let until = self.now + time;
-        self.run(|net| net.now >= until);
+        while self.now < until {
+            self.step_to(until);
+        }
     }
 
-    fn step(&mut self) {
+    pub fn step(&mut self) {
+        self.step_to(u64::MAX);
+    }
+
+    fn step_to(&mut self, until: u64) {
         let timers = self.sides.iter().map(|side| side.wire.due()).min().unwrap_or(u64::MAX);
         let flying = self.flying.peek().map_or(u64::MAX, |Reverse((at, ..))| *at);
         // Where nothing is due, time goes on all the same.
-        self.now = timers.min(flying).min(self.now + SECOND).max(self.now);
+        self.now = timers.min(flying).min(self.now + SECOND).min(until).max(self.now);
         while let Some(Reverse((at, ..))) = self.flying.peek() {
             if *at > self.now {
                 break;
