@@ -701,6 +701,7 @@ def monitors_of(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.timeout(600)  # Two guests boot, and run four programs.
 @pytest.mark.usefixtures("uml_or_skip")
 def test_unmodified_programs_are_measured_between_guests(tmp_path: Path) -> None:
     options = ["--between", "vm", "--monitor", "uml", "--repeat", "1", "--seconds", "0.5", "--json"]

@@ -14,7 +14,8 @@ from guests import LIMIT_S, Node, Program, needs, switch_of
 
 import isthmus
 
-pytestmark = needs("uml")
+#: Sixteen guests at once, or a broker that starts six times beside busy guests, take a slow machine minutes.
+pytestmark = [needs("uml"), pytest.mark.timeout(600)]
 
 ECHO = """
     import isthmus
