@@ -18,7 +18,7 @@ use isthmus_wire::mxoe::{HEAD_LEN, OWN_MTU};
 
 use crate::config::Config;
 use crate::counters::{DomainCounters, Totals};
-use crate::lines::{Lines, Took};
+use crate::lines::{Active, Lines, Took};
 use crate::queue::Sent;
 use crate::station::{Delivery, PortId, Station};
 
@@ -62,8 +62,7 @@ struct Inner {
     listener: Arc<Listener>,
     set: Arc<Set>,
     lines: Lines,
-    /// Connections that are looked at; the others ring.
-    active: Vec<PortId>,
+    active: Active,
     next_port: PortId,
     buffer: Vec<u8>,
     answer: Vec<u8>,
@@ -169,7 +168,7 @@ impl Card {
             listener,
             set: Arc::clone(&set),
             lines: Lines::default(),
-            active: Vec::new(),
+            active: Active::default(),
             next_port: FIRST_PORT,
             buffer: vec![0; RECORD_MAX],
             answer: Vec::new(),
@@ -318,7 +317,7 @@ impl Inner {
             let refused = fresh.is_some_and(|mac| self.link.add_unicast(mac).is_err());
             self.station.note_address(refused);
             self.lines.insert(port, connection, now);
-            self.active.push(port);
+            self.active.add(port);
         }
     }
 
@@ -332,9 +331,7 @@ impl Inner {
             // It would be ready for ever.
             let _ = self.set.remove(bell.as_fd());
         }
-        if !self.active.contains(&port) {
-            self.active.push(port);
-        }
+        self.active.add(port);
     }
 
     fn take_from_link(&mut self, now: u64) -> bool {
@@ -349,29 +346,15 @@ impl Inner {
 
     fn take_from_programs(&mut self, now: u64) -> bool {
         let mut worked = false;
-        let mut at = 0;
-        let mut waiting = None;
-        while let Some(port) = self.active.get(at).copied() {
-            if waiting.is_none() && !self.station.has_room(port) {
-                waiting = Some(at);
-            }
-            let Some(busy_us) = self.lines.get(port).map(|line| line.busy_us) else {
-                self.active.swap_remove(at);
-                continue;
-            };
+        let mut active = std::mem::take(&mut self.active);
+        active.round(|port| {
+            let Some(busy_us) = self.lines.get(port).map(|line| line.busy_us) else { return false };
             let (records, ended) = self.take_records(now, port);
             worked |= records > 0;
             let quiet = records == 0 && now.saturating_sub(busy_us) >= self.poll_us;
-            if ended || quiet && self.has_parked(port) {
-                self.active.swap_remove(at);
-            } else {
-                at += 1;
-            }
-        }
-        // Who found its domain's queue full is the first to find room: else the first of all take all of it.
-        if let Some(at) = waiting.filter(|at| *at < self.active.len()) {
-            self.active.rotate_left(at);
-        }
+            !(ended || quiet && self.has_parked(port))
+        });
+        self.active = active;
         worked
     }
 

@@ -24,7 +24,7 @@ pub struct Config {
     pub discovery: bool,
     /// Of discovery: another one each time the card starts.
     pub serial: u32,
-    /// What a domain may have waiting for the wire.
+    /// What a domain may have waiting for the wire. Each of its endpoints may have as much of it as is still free.
     pub queue_frames: usize,
     pub queue_bytes: usize,
     /// Look for frames for so long after the last one before sleeping, µs.

@@ -19,6 +19,33 @@ pub(crate) struct Line {
     held: VecDeque<Vec<u8>>,
 }
 
+/// Connections that are looked at; the others ring.
+#[derive(Default)]
+pub(crate) struct Active {
+    ports: Vec<PortId>,
+}
+
+impl Active {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ports.is_empty()
+    }
+
+    pub(crate) fn add(&mut self, port: PortId) {
+        if !self.ports.contains(&port) {
+            self.ports.push(port);
+        }
+    }
+
+    /// Look at each once; it stays while `look` says so. Every round begins with another one: of endpoints that are more
+    /// than their domain may have frames waiting, only the first find room.
+    pub(crate) fn round(&mut self, mut look: impl FnMut(PortId) -> bool) {
+        self.ports.retain(|port| look(*port));
+        if !self.ports.is_empty() {
+            self.ports.rotate_left(1);
+        }
+    }
+}
+
 /// What a connection brought.
 pub(crate) enum Took {
     Record(usize),
@@ -105,5 +132,50 @@ impl Line {
             Err(Error::WouldBlock { .. }) => Took::Nothing,
             Ok(_) | Err(_) => Took::End,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_round_begins_with_another_connection() {
+        let mut active = Active::default();
+        for port in [7, 8, 9, 8] {
+            active.add(port);
+        }
+        let mut looked = Vec::new();
+        for _ in 0..3 {
+            active.round(|port| {
+                looked.push(port);
+                true
+            });
+        }
+        assert_eq!(looked, [7, 8, 9, 8, 9, 7, 9, 7, 8]);
+        active.round(|port| port == 8);
+        looked.clear();
+        active.round(|port| {
+            looked.push(port);
+            false
+        });
+        assert_eq!((looked, active.is_empty()), (vec![8], true));
+        active.round(|_| true);
+    }
+
+    #[test]
+    fn endpoints_that_are_more_than_there_is_room_for_find_it_in_turn() {
+        let mut active = Active::default();
+        (0..10).for_each(|port| active.add(port));
+        let mut found = [0; 10];
+        for _ in 0..100 {
+            let mut room = 3;
+            active.round(|port| {
+                found[port as usize] += usize::from(room > 0);
+                room -= usize::from(room > 0);
+                true
+            });
+        }
+        assert_eq!(found, [30; 10]);
     }
 }

@@ -17,7 +17,7 @@ use crate::counters::{DomainCounters, Totals};
 use crate::faults::{Chance, Fate};
 use crate::nic::{is_station, mac_of};
 use crate::peers::{Origin, Peers, short};
-use crate::queue::{Outgoing, Sent};
+use crate::queue::{Outgoing, Sender, Sent};
 use beacon::Beacon;
 
 /// A connection of a program; the caller's number for it.
@@ -30,7 +30,7 @@ const PORTS_MAX: usize = 512;
 /// Stations that one domain may have added by connecting to them.
 const LEARNT_MAX: u16 = 256;
 /// In [`Outgoing`]: the card itself.
-const OWN: u32 = u32::MAX;
+const OWN: Sender = Sender { tenant: u32::MAX, port: 0 };
 /// A frame that the card makes itself is never longer.
 const OWN_FRAME_MAX: usize = 128;
 
@@ -188,7 +188,8 @@ impl Station {
     /// May a record of this connection be taken now? Until then it waits in its lane.
     #[must_use]
     pub fn has_room(&self, port: PortId) -> bool {
-        self.ports.get(&port).is_none_or(|port| self.outgoing.has_room(port.domain as u32))
+        let domain = self.ports.get(&port).map(|port| port.domain);
+        domain.is_none_or(|domain| self.outgoing.has_room(Sender { tenant: domain as u32, port }))
     }
 
     /// How often a delivery was done, and how long the frame was, bytes.

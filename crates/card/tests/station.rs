@@ -500,8 +500,8 @@ fn one_domain_s_stations_leave_room_for_another_s() {
 }
 
 #[test]
-fn a_full_queue_holds_back_its_own_domain() {
-    let config = Config { queue_frames: 10, discovery: false, ..config() };
+fn a_full_queue_holds_back_its_own_endpoint() {
+    let config = Config { queue_frames: 20, discovery: false, ..config() };
     let mut host = Host::with(config, &[(1, "worker"), (2, "store")]);
     host.send(1, STRANGER, &connect(0, 0));
     assert!(host.station.poll_transmit(9, |_| Sent::Full), "the wire is full");
@@ -519,6 +519,34 @@ fn a_full_queue_holds_back_its_own_domain() {
     host.send(1, STRANGER, &tiny(0, 0));
     host.station.poll_transmit(9, |_| Sent::Failed);
     assert_eq!((host.counted("worker").not_sent, host.counted("worker").sent_frames), (1, 10));
+}
+
+#[test]
+fn an_endpoint_that_floods_does_not_hold_back_the_others_of_its_domain() {
+    let mut host = Host::quiet(&[(1, "worker")]);
+    host.station.attach(2, "worker", 0).expect("room");
+    assert_eq!(host.open(2, 1).0, Opening::Opened);
+    host.send(1, STRANGER, &connect(0, 0));
+    while host.station.has_room(1) {
+        host.send(1, STRANGER, &tiny(0, 0));
+    }
+    assert!(host.station.has_room(2));
+    for _ in 0..3 {
+        host.send(2, STRANGER, &tiny(0, 1));
+    }
+    let from = |frame: &[u8]| match decode(frame).1 {
+        Frame::Tiny { message, .. } => message.ends.from,
+        Frame::Connect { ends, .. } => ends.from,
+        other => panic!("{other:?}"),
+    };
+    // What it had waiting is sent though it is gone, and then there is nothing left of it.
+    host.station.detach(1);
+    let senders: Vec<u8> = host.sent().iter().map(|frame| from(frame)).collect();
+    let last = senders.iter().rposition(|endpoint| *endpoint == 1);
+    assert!(last.is_some_and(|last| last < senders.len() / 2), "{last:?} of {}", senders.len());
+    assert_eq!(senders.iter().filter(|endpoint| **endpoint == 0).count(), senders.len() - 3);
+    assert_eq!(host.counted("worker").sent_frames, senders.len() as u64);
+    assert!(!host.station.has_frames());
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::counters::DomainCounters;
 use crate::faults::Fate;
 use crate::frames::{self, Author};
 use crate::nic::{is_station, nic_of_mac};
+use crate::queue::Sender;
 
 /// Room for a frame that the card answers with.
 const ANSWER_MAX: usize = 128;
@@ -115,7 +116,10 @@ impl Station {
                 Err(|counters| &mut counters.unknown_peer)
             }
             Some(to) => self.pass_on(slot, to, frame, fate, answer),
-            None => self.enqueue(now_us, slot, frame, fate).map(|()| None),
+            None => {
+                let sender = Sender { tenant: slot as u32, port };
+                self.enqueue(now_us, sender, frame, fate).map(|()| None)
+            }
         }
     }
 
@@ -133,15 +137,14 @@ impl Station {
         self.add_peer(now_us, nic).ok_or(not_learnt)
     }
 
-    fn enqueue(&mut self, now_us: u64, slot: usize, frame: &[u8], fate: Fate) -> Result<(), Count> {
-        let tenant = slot as u32;
+    fn enqueue(&mut self, now_us: u64, of: Sender, frame: &[u8], fate: Fate) -> Result<(), Count> {
         let room = match fate {
             Fate::Lost => return Err(|counters| &mut counters.faults),
-            Fate::Sent => self.outgoing.push(tenant, frame, FRAME_MIN),
+            Fate::Sent => self.outgoing.push(of, frame, FRAME_MIN),
             Fate::Twice => {
-                self.outgoing.push(tenant, frame, FRAME_MIN) && self.outgoing.push(tenant, frame, FRAME_MIN)
+                self.outgoing.push(of, frame, FRAME_MIN) && self.outgoing.push(of, frame, FRAME_MIN)
             }
-            Fate::Late => self.outgoing.push_late(tenant, frame, FRAME_MIN, now_us),
+            Fate::Late => self.outgoing.push_late(of, frame, FRAME_MIN, now_us),
         };
         if room { Ok(()) } else { Err(|counters| &mut counters.queue_full) }
     }
