@@ -1,6 +1,7 @@
 //! The table of stations: who is known, by which index and name.
 //!
-//! An index is the order in which stations were added, and is never given again.
+//! An index is the order in which stations were added. It is given again only if its station was never heard, and nobody
+//! sent it anything for a while: nobody knows it by this index.
 
 use std::collections::HashMap;
 
@@ -8,6 +9,8 @@ use isthmus_wire::card::NAME_MAX;
 
 /// Stations beside our own. An index is 16 bits, and one of them means nobody.
 pub(crate) const PEERS_MAX: usize = 4096;
+/// To whom nothing was sent for so long owes no answer, µs: a connect that waits for one is repeated every half second.
+const FORGET_US: u64 = 60_000_000;
 
 /// How a station came into the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +42,17 @@ pub(crate) struct Peer {
     serial: Option<u32>,
     /// When it was last asked for its name.
     asked_us: Option<u64>,
+    /// A frame of it has arrived.
+    heard: bool,
+    /// When a program last sent it something, or it was added.
+    used_us: u64,
+}
+
+impl Peer {
+    fn new(nic: u64, name: &str, origin: Origin, now_us: u64) -> Self {
+        let name = short(name).to_owned();
+        Self { nic, name, origin, serial: None, asked_us: None, heard: false, used_us: now_us }
+    }
 }
 
 #[derive(Default)]
@@ -94,10 +108,38 @@ impl Peers {
         }
         let index = u16::try_from(self.peers.len()).ok().filter(|index| *index != u16::MAX)?;
         self.remote += usize::from(!local);
-        let name = short(name).to_owned();
-        self.peers.push(Peer { nic, name, origin, serial: None, asked_us: None });
+        self.peers.push(Peer::new(nic, name, origin, 0));
         self.by_nic.insert(nic, index);
         Some(index)
+    }
+
+    /// A program sends it something.
+    pub(crate) fn note_use(&mut self, index: u16, now_us: u64) {
+        if let Some(peer) = self.peers.get_mut(usize::from(index)) {
+            peer.used_us = now_us;
+        }
+    }
+
+    /// A frame of it has arrived.
+    pub(crate) fn note_heard(&mut self, index: u16) {
+        if let Some(peer) = self.peers.get_mut(usize::from(index)) {
+            peer.heard = true;
+        }
+    }
+
+    /// Was it learnt, never heard, and not used for a while?
+    pub(crate) fn is_forgettable(&self, index: u16, now_us: u64) -> bool {
+        self.get(index).is_some_and(|peer| {
+            peer.origin == Origin::Learnt && !peer.heard && now_us >= peer.used_us.saturating_add(FORGET_US)
+        })
+    }
+
+    /// Forget a station, and learn another one in its place, which has its index.
+    pub(crate) fn replace(&mut self, index: u16, nic: u64, now_us: u64) {
+        let Some(peer) = self.peers.get_mut(usize::from(index)) else { return };
+        self.by_nic.remove(&peer.nic);
+        self.by_nic.insert(nic, index);
+        *peer = Peer::new(nic, "", Origin::Learnt, now_us);
     }
 
     /// A learnt station without a name said what it is called.
@@ -112,6 +154,7 @@ impl Peers {
     /// A station made itself known. One that began anew has forgotten us, and may be called something else.
     pub(crate) fn heard(&mut self, index: u16, serial: u32) -> News {
         let Some(peer) = self.peers.get_mut(usize::from(index)) else { return News::Nothing };
+        peer.heard = true;
         match peer.serial.replace(serial) {
             None => News::New,
             Some(before) if before == serial => News::Nothing,
@@ -184,6 +227,26 @@ mod tests {
         }
         assert_eq!(peers.add(1 << 20, "", Origin::Learnt), None);
         assert_eq!(peers.add(1 << 20, "", Origin::Local(0)), Some(PEERS_MAX as u16));
+    }
+
+    #[test]
+    fn only_who_was_never_heard_and_not_used_for_a_while_is_forgotten() {
+        let mut peers = Peers::default();
+        let origins = [Origin::Learnt, Origin::Learnt, Origin::Learnt, Origin::Named, Origin::Local(0)];
+        let all: Vec<u16> =
+            (1..).zip(origins).filter_map(|(nic, origin)| peers.add(nic, "", origin)).collect();
+        peers.note_heard(all[1]);
+        peers.heard(all[2], 5);
+        for index in &all {
+            peers.note_use(*index, 1000);
+        }
+        assert!(all.iter().all(|index| !peers.is_forgettable(*index, 999 + FORGET_US)));
+        let late = all.iter().map(|index| peers.is_forgettable(*index, 1000 + FORGET_US));
+        assert_eq!(late.collect::<Vec<_>>(), [true, false, false, false, false]);
+        peers.name(all[0], b"gone:0\0");
+        peers.replace(all[0], 77, 1000 + FORGET_US);
+        assert_eq!((peers.index(1), peers.index(77), peers.remote), (None, Some(all[0]), 4));
+        assert!(peers.find("gone:0").is_none() && !peers.is_forgettable(all[0], 1001 + FORGET_US));
     }
 
     #[test]

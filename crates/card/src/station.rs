@@ -28,7 +28,7 @@ const NICS_MAX: usize = 1024;
 /// Connections of one domain.
 const PORTS_MAX: usize = 512;
 /// Stations that one domain may have added by connecting to them.
-const LEARNT_MAX: u16 = 256;
+const LEARNT_MAX: usize = 256;
 /// In [`Outgoing`]: the card itself.
 const OWN: Sender = Sender { tenant: u32::MAX, port: 0 };
 /// A frame that the card makes itself is never longer.
@@ -56,7 +56,8 @@ struct Nic {
     endpoints: HashMap<u8, PortId>,
     /// By index of a station: its index for this nic.
     reverse: HashMap<u16, u16>,
-    learnt: u16,
+    /// Stations that were added because this nic connected to them.
+    learnt: Vec<u16>,
     beacon: Beacon,
 }
 
@@ -170,7 +171,7 @@ impl Station {
             index,
             endpoints: HashMap::new(),
             reverse: HashMap::new(),
-            learnt: 0,
+            learnt: Vec::new(),
             beacon: Beacon::new(now_us),
         })
     }

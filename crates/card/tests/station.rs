@@ -500,6 +500,40 @@ fn one_domain_s_stations_leave_room_for_another_s() {
 }
 
 #[test]
+fn stations_that_never_answered_make_room_for_new_ones() {
+    let named = STRANGER + 5;
+    let config = Config { discovery: false, peers: vec![(named, "named:0".into())], ..config() };
+    let mut host = Host::with(config, &[(1, "worker"), (2, "store")]);
+    let connect_to = |host: &mut Host, station: u64| {
+        let before = host.counted("worker").not_learnt;
+        host.send(1, STRANGER + station, &connect(0, 0));
+        host.sent();
+        host.counted("worker").not_learnt == before
+    };
+    let taken = (0..300).filter(|station| connect_to(&mut host, *station)).count();
+    assert_eq!(taken, 257, "the named one is there already");
+    // One answers; a program of another domain still wants one.
+    host.hear_from(STRANGER, WORKER, INDEX_UNKNOWN, &connected(0, 0));
+    host.now = 59 * SECOND;
+    assert!(!connect_to(&mut host, 1000));
+    host.send(2, STRANGER + 1, &connect(0, 0));
+    host.now = 60 * SECOND;
+    let taken = (1000..1300).filter(|station| connect_to(&mut host, *station)).count();
+    assert_eq!(taken, 254);
+    host.now += SECOND;
+    for kept in [STRANGER, STRANGER + 1, named, STORE, STRANGER + 1000] {
+        let before = host.counted("worker").unknown_peer;
+        host.send(1, kept, &tiny(0, 0));
+        assert_eq!(host.counted("worker").unknown_peer, before, "{kept:x}");
+    }
+    host.send(1, STRANGER + 2, &tiny(0, 0));
+    assert_eq!(host.counted("worker").unknown_peer, 1);
+    // It comes back as whoever is new.
+    host.hear_from(STRANGER + 2, WORKER, INDEX_UNKNOWN, &connect(0, 0));
+    assert_eq!(host.got(1).len(), 2);
+}
+
+#[test]
 fn a_full_queue_holds_back_its_own_endpoint() {
     let config = Config { queue_frames: 20, discovery: false, ..config() };
     let mut host = Host::with(config, &[(1, "worker"), (2, "store")]);

@@ -87,6 +87,7 @@ impl Station {
                 return None;
             }
         };
+        self.peers.note_heard(index);
         // Replies to pulls carry whatever lay in their sender's memory.
         let told = head.peer_index != INDEX_UNKNOWN && !matches!(frame, Frame::PullReply { .. });
         self.totals.stale_index += u64::from(told && head.peer_index != index);

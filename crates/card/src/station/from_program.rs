@@ -125,16 +125,32 @@ impl Station {
 
     /// The index of the station that a program wants to reach.
     fn destination(&mut self, now_us: u64, slot: usize, nic: u64, connects: bool) -> Result<u16, Count> {
-        if let Some(index) = self.peers.index(nic) {
+        let index = match self.peers.index(nic) {
+            Some(index) => index,
+            None if connects && self.config.learn && is_station(nic) => self.learn(now_us, slot, nic)?,
+            None => return Err(|counters| &mut counters.unknown_peer),
+        };
+        self.peers.note_use(index, now_us);
+        Ok(index)
+    }
+
+    /// A program connects to a new station: it is added, or takes the place of one that this domain connected to in vain.
+    fn learn(&mut self, now_us: u64, slot: usize, nic: u64) -> Result<u16, Count> {
+        let not_learnt: Count = |counters| &mut counters.not_learnt;
+        let own = self.nic(slot).ok_or(not_learnt)?;
+        if own.learnt.len() < LEARNT_MAX {
+            let index = self.add_peer(now_us, nic).ok_or(not_learnt)?;
+            self.nic_mut(slot).ok_or(not_learnt)?.learnt.push(index);
             return Ok(index);
         }
-        if !connects || !self.config.learn || !is_station(nic) {
-            return Err(|counters| &mut counters.unknown_peer);
+        let in_vain = |index: &&u16| self.peers.is_forgettable(**index, now_us);
+        let index = *own.learnt.iter().find(in_vain).ok_or(not_learnt)?;
+        self.peers.replace(index, nic, now_us);
+        for nic in self.domains.iter_mut().filter_map(|domain| domain.nic.as_mut()) {
+            nic.reverse.remove(&index);
         }
-        let not_learnt: Count = |counters| &mut counters.not_learnt;
-        let own = self.nic_mut(slot).filter(|own| own.learnt < LEARNT_MAX).ok_or(not_learnt)?;
-        own.learnt += 1;
-        self.add_peer(now_us, nic).ok_or(not_learnt)
+        self.ask_soon(now_us);
+        Ok(index)
     }
 
     fn enqueue(&mut self, now_us: u64, of: Sender, frame: &[u8], fate: Fate) -> Result<(), Count> {
