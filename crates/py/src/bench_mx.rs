@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use isthmus_bench::{self as bench, BenchError, Part, Plan, Report, Transport};
@@ -136,8 +138,64 @@ pub fn bench_mx(
     play(py, Ok(one.ahead(ahead)), part, &plan)
 }
 
+/// What the endpoints of a bench have moved, and whether one of them is through.
+#[derive(Default)]
+struct Progress {
+    bytes: Vec<AtomicU64>,
+    is_over: AtomicBool,
+}
+
+impl Progress {
+    fn now(&self) -> (Vec<u64>, Instant) {
+        (self.bytes.iter().map(|bytes| bytes.load(Ordering::Relaxed)).collect(), Instant::now())
+    }
+
+    /// Bytes that each moved, and the seconds, from when all are at work until the first is through.
+    fn while_all_work(&self, size: u64) -> (Vec<u64>, f64) {
+        let is_at_work = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed) >= AT_WORK * size;
+        let is_over = || self.is_over.load(Ordering::Relaxed);
+        let wait = |done: &dyn Fn() -> bool| {
+            while !done() && !is_over() {
+                thread::sleep(LOOK);
+            }
+        };
+        wait(&|| self.bytes.iter().all(is_at_work));
+        let (before, since) = self.now();
+        wait(&|| false);
+        let (after, until) = self.now();
+        let moved = after.iter().zip(before).map(|(after, before)| after - before).collect();
+        (moved, (until - since).as_secs_f64())
+    }
+}
+
+/// Messages that an endpoint moves while it finds its speed.
+const AT_WORK: u64 = 4;
+/// How often a bench looks at what its endpoints do.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// A transport that says how much it has moved.
+struct Counted<'p, T> {
+    transport: T,
+    bytes: &'p AtomicU64,
+}
+
+impl<T: Transport> Transport for Counted<'_, T> {
+    fn send(&mut self, message: &[u8]) -> io::Result<()> {
+        self.transport.send(message)?;
+        self.bytes.fetch_add(message.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn recv_exact(&mut self, message: &mut [u8]) -> io::Result<()> {
+        self.transport.recv_exact(message)?;
+        self.bytes.fetch_add(message.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
 /// Play `part` at many endpoints at once, each in a thread of its own with its own peer. A report for each; what they
-/// say of processor time is the whole process's.
+/// say of processor time is the whole process's. Then the bytes that each moved, and the seconds, while all of them were
+/// at work.
 #[pyfunction]
 pub fn bench_mx_many(
     py: Python<'_>,
@@ -147,23 +205,34 @@ pub fn bench_mx_many(
     part: &str,
     plan: PlanDict,
     ahead: usize,
-) -> PyResult<Vec<ReportDict>> {
+) -> PyResult<(Vec<ReportDict>, Vec<u64>, f64)> {
     let part: Part = part.parse().map_err(fault)?;
     let plan: Plan = plan.plan()?;
-    let ends: Vec<Ahead<'_>> = endpoints
-        .iter()
-        .zip(peers)
-        .map(|(endpoint, peer)| OneByOne::new(endpoint.get().inner(), peer, wait).ahead(ahead.max(1)))
-        .collect();
-    let reports: Result<Vec<Report>, BenchError> = py.detach(|| {
+    let mut progress = Progress::default();
+    progress.bytes.resize_with(endpoints.len(), AtomicU64::default);
+    let ends = endpoints.iter().zip(peers).zip(&progress.bytes).map(|((endpoint, peer), bytes)| Counted {
+        transport: OneByOne::new(endpoint.get().inner(), peer, wait).ahead(ahead.max(1)),
+        bytes,
+    });
+    let ends: Vec<_> = ends.collect();
+    let (reports, moved): (Result<Vec<Report>, BenchError>, _) = py.detach(|| {
         thread::scope(|scope| {
-            let play = |mut end| scope.spawn(move || bench::play(&mut end, part, &plan));
+            let (plan, progress) = (&plan, &progress);
+            let play = |mut end| {
+                scope.spawn(move || {
+                    let report = bench::play(&mut end, part, plan);
+                    progress.is_over.store(true, Ordering::Relaxed);
+                    report
+                })
+            };
             let threads: Vec<_> = ends.into_iter().map(play).collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect()
+            let moved = progress.while_all_work(plan.size as u64);
+            let join = |thread: thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+            };
+            (threads.into_iter().map(join).collect(), moved)
         })
     });
-    Ok(reports.map_err(fault)?.into_iter().map(ReportDict::from).collect())
+    let reports = reports.map_err(fault)?.into_iter().map(ReportDict::from).collect();
+    Ok((reports, moved.0, moved.1))
 }

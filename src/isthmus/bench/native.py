@@ -116,10 +116,18 @@ def over_mx_many(
     part: str,
     plan: PlanDict,
     ahead: int,
-) -> list[Report]:
-    """The same at many endpoints at once, each in a thread of its own."""
-    reports = _native().bench_mx_many(endpoints, peers, wait, part, plan, ahead)
-    return cast("list[Report]", reports)
+) -> tuple[list[Report], list[int], float]:
+    """The same at many endpoints at once, each in a thread of its own.
+
+    Returns
+    -------
+    list of Report
+        Of each.
+    list of int, float
+        Bytes that each moved, and the seconds, from when all were at work until the first was through.
+    """
+    found = _native().bench_mx_many(endpoints, peers, wait, part, plan, ahead)
+    return cast("tuple[list[Report], list[int], float]", found)
 
 
 def over_ring(fd: int, wait: str, part: str, plan: PlanDict, *, left: bool, streaming: bool) -> Report:

@@ -178,7 +178,7 @@ class Runner:
             load=load,
             size=case.size or 1,
             cpus=self._cpus_for(case, role, pair),
-            warmup_s=self.settings.warmup_s,
+            warmup_s=self.settings.warmup_s * STRETCH.get(case.bench, 1),
             duration_s=duration_s,
             gap_s=gap_s,
             directory=place,

@@ -35,6 +35,8 @@ struct Block {
     first: u32,
     /// A bit for each frame that has not come.
     missing: u64,
+    /// For the first time, and for the last.
+    first_asked_at: u64,
     asked_at: u64,
 }
 
@@ -198,7 +200,8 @@ impl Pulls {
         pull.left -= len as u32;
         (pull.silent, pull.silence, pull.silent_at, pull.due) = (0, 0, now, now);
         if block.missing == 0 {
-            let sample = now.saturating_sub(block.asked_at);
+            // Whether an answer is that to the first question or to a repeated one no frame says.
+            let sample = now.saturating_sub(block.first_asked_at);
             let error = sample.abs_diff(self.block_time);
             if self.block_time == 0 {
                 (self.block_time, self.deviation) = (sample, sample / 2);
@@ -331,6 +334,7 @@ impl Pulls {
                 skip,
                 first: pull.frames,
                 missing: 0,
+                first_asked_at: now,
                 asked_at: now,
             };
             let frames = block.frames(self.reply);
@@ -509,6 +513,43 @@ mod tests {
             }
             assert_eq!(got, length);
         }
+    }
+
+    /// A network that others keep busy answers each question 80 ms later.
+    #[test]
+    fn what_is_slow_and_not_lost_is_soon_known_to_be() {
+        const DELAY: u64 = 80_000_000;
+        let profile = Profile::WIRE;
+        let mut pulls = Pulls::new(1, &profile, &Limits::default());
+        let window = Window { id: 1, sequence: 1, offset: 0 };
+        let (mut jobs, mut coming, mut now) = (Jobs::default(), VecDeque::new(), 1);
+        let mut asked = [0; 3];
+        for asked in &mut asked {
+            pulls.start(7, 9, window, 1 << 20, u64::MAX, now);
+            loop {
+                let mut ended = Vec::new();
+                pulls.turn(now, &Timing::default(), &mut ended, |_, window, cookie, length, run| {
+                    *asked += 1;
+                    let (skip, block, first) = run;
+                    let (ends, session) = (Default::default(), 0);
+                    let frame = Frame::Pull { ends, session, length, window, cookie, skip, block, first };
+                    jobs.add(5, 3, length, &frame, &profile)
+                });
+                if !ended.is_empty() {
+                    break;
+                }
+                while let Some(piece) = jobs.next(&profile) {
+                    coming.push_back((now + DELAY, piece));
+                }
+                now = coming.front().map_or(u64::MAX, |(at, _)| *at).min(pulls.due()).max(now + 1);
+                while coming.front().is_some_and(|(at, _)| *at <= now) {
+                    let Some((_, piece)) = coming.pop_front() else { break };
+                    pulls.take(piece.cookie, piece.frame, piece.offset, piece.len as usize, now);
+                }
+            }
+        }
+        let blocks = (1 << 20) / (u32::from(profile.reply) * u32::from(profile.replies));
+        assert!(asked[0] <= 2 * blocks && asked[2] == blocks, "{asked:?} of {blocks}");
     }
 
     #[test]

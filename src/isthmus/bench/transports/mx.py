@@ -41,6 +41,7 @@ CABLES: dict[str, Callable[[], Cable]] = {
     "wire-64K": lambda: Cable(LONGEST),
     "wire-64K-10G": lambda: Cable(LONGEST, gigabits=10),
     "wire-lossy": lambda: Cable(lost=LOST),
+    "wire-1G": lambda: Cable(gigabits=1),
 }
 #: Cards with Open-MX's own dialect, in frames as long as the cable takes.
 OWN = {
@@ -56,7 +57,7 @@ PATHS = {
     "rate": ("sealed", "wire"),
     "overlap": ("sealed", "wire"),
     "loss": ("wire", "wire-lossy"),
-    "endpoints": ("wire",),
+    "endpoints": ("wire", "wire-1G"),
 }
 KEY = 0x15
 #: Time in which what was opened finds its rest, before its memory is looked at.
@@ -263,19 +264,19 @@ def frames_lost(job: Job, control: Control) -> Iterator[None]:
 
 
 def play_many(job: Job, ends: list[mx.Endpoint], peers: list[mx.Peer]) -> Report:
-    """Play the job's part at all of them, and add up."""
+    """Play the job's part at all of them, and add up what they moved while all of them were at work."""
     cpu_s = time.process_time()
     natives, words = [end._native for end in ends], [peer._words for peer in peers]
-    each = native.over_mx_many(natives, words, job.case.wait, job.part, job.plan(), EACH_AHEAD)
-    seconds = [found["seconds"] for found in each if found["seconds"]]
+    each, moved, seconds = native.over_mx_many(natives, words, job.case.wait, job.part, job.plan(), EACH_AHEAD)
+    receives = any(found["seconds"] for found in each)
     total = native.report(
-        count=sum(found["count"] for found in each),
-        bytes=sum(found["bytes"] for found in each),
-        seconds=max(seconds, default=None),
+        count=sum(moved) // job.size,
+        bytes=sum(moved),
+        seconds=seconds if receives else None,
         cpu_s=time.process_time() - cpu_s,
         total_bytes=sum(found["total_bytes"] for found in each),
     )
-    total["rates"] = [found["bytes"] / found["seconds"] for found in each if found["seconds"]]
+    total["rates"] = [size / seconds for size in moved] if receives and seconds else []
     return total
 
 
