@@ -282,7 +282,7 @@ class Endpoint:
 
     @property
     def lost(self) -> int:
-        """Sends to other nodes that had ended, because their bytes were copied, and did not arrive."""
+        """Sends to other nodes that had ended, with their bytes copied, and were never acknowledged."""
         return self._native.lost
 
     @property

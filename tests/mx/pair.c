@@ -413,6 +413,14 @@ static void impatient(void) {
   CHECK(finish(pending).code == MX_STATUS_ENDPOINT_UNREACHABLE);
 }
 
+/* As patient as the environment says. */
+static void patient(void) {
+  begin_pair();
+  peer = connect_to(peer_nic, peer_id);
+  CHECK(kill(peer_pid, SIGSTOP) == 0);
+  CHECK(finish(issend(NULL, 0, 1)).code == MX_STATUS_ENDPOINT_UNREACHABLE);
+}
+
 /* --- a peer that dies --- */
 
 static void bereaved(int sends) {
@@ -604,6 +612,7 @@ static const struct test parts[] = {
     {"poster", poster},     {"mailer", mailer},
     {"held", held},         {"flood", flood},
     {"rails", rails},       {"impatient", impatient},
+    {"patient", patient},
 };
 
 int main(int argc, char **argv) {

@@ -165,7 +165,7 @@ impl Endpoint {
         self.shared.lock().card_lane.is_some()
     }
 
-    /// Sends to other nodes that had ended, because their bytes were copied, and did not reach the peer.
+    /// Sends to other nodes that had ended, because their bytes were copied, and were never acknowledged.
     #[must_use]
     pub fn lost(&self) -> u64 {
         if self.shared.is_ours() { self.shared.lock().lost } else { 0 }

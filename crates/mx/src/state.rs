@@ -101,7 +101,7 @@ pub(crate) struct State {
     /// Sends over the wire that the program takes for ended, and how many there may be.
     pub buffered: usize,
     pub buffered_max: usize,
-    /// Those of them that did not reach the peer, of which the program is not told otherwise.
+    /// Those of them that never were acknowledged, of which the program is not told otherwise.
     pub lost: u64,
     /// How patient that side is.
     pub timing: Timing,
