@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,8 @@ SOURCES = Path(__file__).parent / "mx"
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-pedantic")
 INCLUDE = f"-I{link_myriexpress.INCLUDE}"
 LIMIT_S = 60.0
+#: A program of ours waits no longer for what must happen.
+SOON_S = 10.0
 #: What a program exits with that its error handler has ended, -1 as the shell sees it.
 ENDED_BY_HANDLER = 255
 
@@ -438,6 +441,20 @@ def test_a_request_has_a_timeout_of_its_own(
         where = (*first.where(), str(first.process.pid))
         with Part(compiled("pair"), "impatient", right, *where) as second:
             second.check()
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", ["MX_MAX_RETRIES", "OMX_RESENDS_MAX"])
+def test_the_environment_says_how_long_a_peer_is_waited_for(
+    nodes: Nodes, compiled: Compiled, surroundings: Surroundings, name: str
+) -> None:
+    left, right = (surroundings("a", ISTHMUS_DOOR=nodes.doors[domain], **{name: "2"}) for domain in "ac")
+    with Part(compiled("pair"), "stay", left) as first:
+        where = (*first.where(), str(first.process.pid))
+        before = time.monotonic()
+        with Part(compiled("pair"), "patient", right, *where) as second:
+            second.check()
+        assert 1 < time.monotonic() - before < SOON_S
 
 
 def test_a_receiver_keeps_no_more_than_it_said(start: Callable[..., Part]) -> None:

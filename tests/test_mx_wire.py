@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 from conftest import becomes, started
+from test_death import lanes
 
 import isthmus
 from isthmus import errors, mx
@@ -232,6 +233,7 @@ time.sleep(100)
 def test_a_peer_that_is_killed_in_the_middle_ends_the_message(nodes: Nodes, part: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(VICTIM), part]
     environment = os.environ | {"ISTHMUS_DOOR": nodes.doors["c"]}
+    before = lanes(nodes.cards["right"])
     with started(command, stdin=subprocess.PIPE, env=environment) as victim, nodes.endpoint("a") as a:
         assert victim.stdin is not None
         assert victim.stdout is not None
@@ -247,10 +249,14 @@ def test_a_peer_that_is_killed_in_the_middle_ends_the_message(nodes: Nodes, part
         assert victim.stdout.readline() == "under way\n"
         time.sleep(0.1)
         assert request.test() is None
+        assert lanes(nodes.cards["right"]) > before
         os.kill(victim.pid, signal.SIGKILL)
         status = request.wait(LIMIT_S)
         assert status is not None
         assert status.code is mx.Code.ENDPOINT_CLOSED
+        # The buffer is ours again, and its station holds nothing for it.
+        buffer.clear()
+        becomes(lambda: lanes(nodes.cards["right"]) <= before, "memory of the lane is left")
 
 
 def test_a_card_may_end_in_the_middle(nodes: Nodes) -> None:
@@ -277,6 +283,35 @@ def ends(request: mx.Request) -> mx.Code:
     status = request.wait(LIMIT_S)
     assert status is not None
     return status.code
+
+
+def test_what_was_sent_arrives_although_the_sender_closes() -> None:
+    with Nodes("--lose", "50000") as nodes, nodes.endpoint("c") as c:
+        with nodes.endpoint("a") as a:
+            peer = a.connect(c.nic, c.id, KEY, LIMIT_S)
+            for n in range(100):
+                a.isend(peer, n, bytes([n]) * 30_000)
+        # Nobody is there any more.
+        place = bytearray(30_000)
+        for n in range(100):
+            assert ends(c.irecv(n, place)) is mx.Code.SUCCESS
+            assert place == bytes([n]) * 30_000
+
+
+def test_a_peer_can_be_forgotten_and_met_again(nodes: Nodes) -> None:
+    with nodes.endpoint("a") as a, nodes.endpoint("c") as c:
+        for forgets, other in [(a, c), (c, a)] * 3:
+            to_c = a.connect(c.nic, c.id, KEY, LIMIT_S)
+            to_a = c.connect(a.nic, a.id, KEY, LIMIT_S)
+            for n in range(30):
+                exchange(a, c, to_c, n, sync=False)
+                exchange(c, a, to_a, n, sync=True)
+            # Nobody takes these, nor will.
+            unseen = [other.isend(to_c if other is a else to_a, 1000 + n, b"old") for n in range(30)]
+            assert forgets.probe(1029, timeout=LIMIT_S) is not None
+            forgets.disconnect(to_c if forgets is a else to_a)
+            assert forgets.iprobe() is None
+            assert {ends(send) for send in unseen} == {mx.Code.SUCCESS}
 
 
 @contextlib.contextmanager
@@ -324,7 +359,9 @@ def test_an_endpoint_has_a_timeout_for_its_requests() -> None:
             early = a.isend(peer, 1, b"x")
             early.timeout = 0.5
             assert ends(early) is mx.Code.SUCCESS
+            assert a.lost == 0
             assert ends(patient) is mx.Code.ENDPOINT_UNREACHABLE
+            assert a.lost == 1
             a.timeout = 0.5
             connect = a.iconnect(c.nic, c.id, KEY)
             assert connect.timeout == 0.5

@@ -281,6 +281,11 @@ class Endpoint:
         return self._native.has_card
 
     @property
+    def lost(self) -> int:
+        """Sends to other nodes that had ended, with their bytes copied, and were never acknowledged."""
+        return self._native.lost
+
+    @property
     def peer(self) -> Peer:
         """This endpoint, as a peer of itself."""
         peer = self._peer(self._native.address)

@@ -374,6 +374,16 @@ static void woken(void) {
 
 /* --- a peer that does not answer --- */
 
+/* The counter of sends that were done and did not arrive. */
+static uint32_t lost(void) {
+  uint32_t values[2];
+  char labels[2][MX_MAX_STR_LEN];
+  OK(mx_get_info(endpoint, MX_COUNTERS_LABELS, NULL, 0, labels, sizeof labels));
+  OK(mx_get_info(endpoint, MX_COUNTERS_VALUES, NULL, 0, values, sizeof values));
+  CHECK(strstr(labels[1], "lost"));
+  return values[1];
+}
+
 static void impatient(void) {
   mx_request_t pending, hasty;
   begin_pair();
@@ -396,9 +406,19 @@ static void impatient(void) {
   usleep(600000);
   CHECK(!is_done(&pending));
   CHECK(kill(peer_pid, SIGSTOP) == 0);
-  hasty = issend(NULL, 0, 3);
-  CHECK(finish(hasty).code == MX_STATUS_ENDPOINT_UNREACHABLE);
+  hasty = send_to(peer, "nor here", 8, 3);
+  CHECK(lost() == 0 && finish(hasty).code == MX_STATUS_SUCCESS);
+  hasty = issend(NULL, 0, 4);
+  CHECK(finish(hasty).code == MX_STATUS_ENDPOINT_UNREACHABLE && lost() == 1);
   CHECK(finish(pending).code == MX_STATUS_ENDPOINT_UNREACHABLE);
+}
+
+/* As patient as the environment says. */
+static void patient(void) {
+  begin_pair();
+  peer = connect_to(peer_nic, peer_id);
+  CHECK(kill(peer_pid, SIGSTOP) == 0);
+  CHECK(finish(issend(NULL, 0, 1)).code == MX_STATUS_ENDPOINT_UNREACHABLE);
 }
 
 /* --- a peer that dies --- */
@@ -592,6 +612,7 @@ static const struct test parts[] = {
     {"poster", poster},     {"mailer", mailer},
     {"held", held},         {"flood", flood},
     {"rails", rails},       {"impatient", impatient},
+    {"patient", patient},
 };
 
 int main(int argc, char **argv) {

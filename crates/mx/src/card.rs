@@ -144,7 +144,8 @@ impl State {
         let outcome = sent.unwrap_or(Err(Status::EndpointUnreachable));
         if early {
             if outcome.is_err() {
-                self.end(sending, Status::Aborted, 0);
+                // The program hears of it.
+                self.end(sending, Status::Success, 0);
             }
             self.end(slot, outcome.err().unwrap_or(Status::Success), outcome.map_or(0, |()| length));
         } else if let Err(status) = outcome {

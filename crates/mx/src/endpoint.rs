@@ -165,6 +165,12 @@ impl Endpoint {
         self.shared.lock().card_lane.is_some()
     }
 
+    /// Sends to other nodes that had ended, because their bytes were copied, and were never acknowledged.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        if self.shared.is_ours() { self.shared.lock().lost } else { 0 }
+    }
+
     /// This endpoint, as a peer of itself.
     #[must_use]
     pub fn address(&self) -> Address {

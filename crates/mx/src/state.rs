@@ -101,6 +101,8 @@ pub(crate) struct State {
     /// Sends over the wire that the program takes for ended, and how many there may be.
     pub buffered: usize,
     pub buffered_max: usize,
+    /// Those of them that never were acknowledged, of which the program is not told otherwise.
+    pub lost: u64,
     /// How patient that side is.
     pub timing: Timing,
     /// When what is being done is done, ns.
@@ -142,6 +144,7 @@ impl State {
             out_scratch: Vec::new(),
             buffered: 0,
             buffered_max: BUFFERED_MAX,
+            lost: 0,
             timing: Timing::default(),
             now: 0,
             told: 0,
@@ -157,6 +160,7 @@ impl State {
         let Some(request) = self.requests.at(slot) else { return };
         if request.buffered {
             self.buffered -= 1;
+            self.lost += u64::from(status != Status::Success);
             self.requests.remove(slot);
             return;
         }

@@ -160,6 +160,11 @@ impl MxEndpoint {
     }
 
     #[getter]
+    fn lost(&self) -> u64 {
+        self.inner.lost()
+    }
+
+    #[getter]
     fn address(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
         raise(py, self.inner.check())?;
         let [one, other] = self.inner.address().to_words();

@@ -118,7 +118,7 @@ impl Host for Node {
     const ENDPOINTS_MAX: u32 = ENDPOINTS as u32;
     const COPY_SEND_MAX: u32 = isthmus_mx::EAGER_MAX as u32;
     const PIO_SEND_MAX: u32 = 128;
-    const COUNTERS: &'static [&'static str] = &["Endpoints open"];
+    const COUNTERS: &'static [&'static str] = &["Endpoints open", "Sends lost after they were done"];
 
     fn start() -> Result<Self, Fault> {
         let door = find_door();
@@ -133,8 +133,10 @@ impl Host for Node {
     }
 
     fn counters(&self, board: u32) -> Option<Vec<u32>> {
-        let open = open_endpoints().iter().filter(|endpoint| endpoint.strong_count() > 0).count();
-        (board == BOARD).then(|| vec![u32::try_from(open).unwrap_or(u32::MAX)])
+        let open: Vec<_> = open_endpoints().iter().filter_map(Weak::upgrade).collect();
+        let lost = open.iter().map(|endpoint| endpoint.lost()).sum();
+        let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        (board == BOARD).then(|| vec![narrow(open.len() as u64), narrow(lost)])
     }
 
     fn fabric(&self, board: u32) -> Option<Fabric> {

@@ -151,6 +151,55 @@ fn a_length_is_what_its_field_says() {
     }
 }
 
+/// Stations leave in them what was in the memory before.
+#[test]
+fn bytes_that_mean_nothing_may_be_anything() {
+    let golden = golden();
+    // From, and up to.
+    let nothing: [(&str, &[(usize, usize)]); 17] = [
+        ("connect", &[(19, 20), (21, 24), (28, 32), (44, 60)]),
+        ("connected", &[(19, 20), (21, 24), (28, 32), (45, 60)]),
+        ("tiny", &[(43, 60)]),
+        ("small", &[]),
+        ("ack", &[(21, 24), (29, 30), (43, 60)]),
+        ("medium-wire", &[(22, 24), (46, 48)]),
+        ("medium-own", &[(46, 48)]),
+        ("rendezvous", &[(48, 60)]),
+        ("pull-wire", &[(48, 60)]),
+        ("pull-own", &[(33, 36)]),
+        ("pull-reply", &[(48, 60)]),
+        ("notify", &[(30, 34), (38, 60)]),
+        ("nack-lib", &[(20, 25), (30, 60)]),
+        ("nack-pull", &[(20, 24), (32, 60)]),
+        ("host-query", &[(17, 18), (20, 24), (28, 60)]),
+        ("host-reply", &[(20, 24), (28, 32), (41, 60)]),
+        ("discovery", &[(17, 32), (44, 60)]),
+    ];
+    assert_eq!(nothing.len(), golden.len());
+    for (name, ranges) in nothing {
+        let profile = if name.ends_with("own") { OWN } else { Profile::WIRE };
+        let expected = decode(&golden[name], &profile).expect(name);
+        for at in ranges.iter().flat_map(|(from, to)| *from..*to) {
+            for byte in [1, 0x55, 0xFF] {
+                let mut bytes = golden[name].clone();
+                bytes[at] = byte;
+                let (head, mut frame) = decode(&bytes, &profile).expect(name);
+                if let Frame::Connect { ends, .. } | Frame::Connected { ends, .. } = &mut frame {
+                    // Who wants to may know it.
+                    ends.generation = 0;
+                }
+                assert_eq!((head, frame), expected, "{name}, byte {at}");
+            }
+        }
+        // The checksum of others is not known to be one.
+        if ["tiny", "small", "rendezvous"].contains(&name) {
+            let mut bytes = golden[name].clone();
+            bytes[22] ^= 0xFF;
+            assert!(decode(&bytes, &profile).is_ok(), "{name}");
+        }
+    }
+}
+
 #[test]
 fn the_placement_of_a_fragment_is_its_sender_s() {
     let mut bytes = golden()["medium-wire"].clone();
@@ -220,6 +269,32 @@ proptest! {
         if let Ok(len) = encode(&head, &frame, &profile, &mut out) {
             prop_assert_eq!(decode(&out[..len], &profile), Ok((head, frame)));
         }
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_head_of_a_reply_is_believed_where_the_frame_is(
+        body in prop::collection::vec(any::<u8>(), 0..100), kind in 41..44u8, len in 0..80u16, own: bool,
+    ) {
+        let profile = if own { OWN } else { Profile::WIRE };
+        let mut bytes = vec![0; 12];
+        bytes.extend_from_slice(&ETHERTYPE.to_be_bytes());
+        bytes.extend_from_slice(&[0, 1, kind]);
+        bytes.extend_from_slice(&body);
+        if let Some(field) = bytes.get_mut(18..20) {
+            field.copy_from_slice(&len.to_be_bytes());
+        }
+        let beginning = &bytes[..bytes.len().min(REPLY_HEAD_LEN)];
+        let found = ReplyHead::decode(beginning, bytes.len());
+        let whole = decode(&bytes, &profile).ok();
+        let expected = whole.and_then(|(head, frame)| match frame {
+            Frame::PullReply { frame, offset, cookie, data } => {
+                Some(ReplyHead { head, frame, offset, cookie, len: data.len() as u16 })
+            }
+            _ => None,
+        });
+        prop_assert_eq!(found, expected);
     }
 }
 

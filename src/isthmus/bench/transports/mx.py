@@ -267,7 +267,9 @@ def play_many(job: Job, ends: list[mx.Endpoint], peers: list[mx.Peer]) -> Report
     """Play the job's part at all of them, and add up what they moved while all of them were at work."""
     cpu_s = time.process_time()
     natives, words = [end._native for end in ends], [peer._words for peer in peers]
-    each, moved, seconds = native.over_mx_many(natives, words, job.case.wait, job.part, job.plan(), EACH_AHEAD)
+    each, moved, seconds = native.over_mx_many(
+        natives, words, job.case.wait, job.part, job.plan(), EACH_AHEAD
+    )
     receives = any(found["seconds"] for found in each)
     total = native.report(
         count=sum(moved) // job.size,
