@@ -20,6 +20,21 @@ pub trait Transport {
 
     /// Fill all of `message`. It ends in the caller's private memory, whatever carried it.
     fn recv_exact(&mut self, message: &mut [u8]) -> io::Result<()>;
+
+    /// Send the next message of a stream: `message`, whose first byte is `mark`. A transport with several of them under
+    /// way may have made it before, in a buffer of its own.
+    #[inline(always)]
+    fn send_next(&mut self, message: &mut [u8], mark: u8) -> io::Result<()> {
+        message[0] = mark;
+        self.send(message)
+    }
+
+    /// Receive the next message of a stream: in `message`, or in private memory that such a transport posted before.
+    #[inline(always)]
+    fn recv_next<'a>(&'a mut self, message: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        self.recv_exact(message)?;
+        Ok(message)
+    }
 }
 
 /// Byte 0 of every message.
@@ -133,14 +148,14 @@ impl<T: Transport> End<'_, T> {
     #[inline(always)]
     fn send(&mut self, mark: Mark) -> Result<(), BenchError> {
         let message = self.walk.step();
-        message[0] = mark as u8;
-        self.transport.send(message).map_err(BenchError::transport("sending a message"))
+        self.transport.send_next(message, mark as u8).map_err(BenchError::transport("sending a message"))
     }
 
     #[inline(always)]
     fn receive(&mut self) -> Result<(Mark, &[u8]), BenchError> {
         let message = self.walk.step();
-        self.transport.recv_exact(message).map_err(BenchError::transport("receiving a message"))?;
+        let message =
+            self.transport.recv_next(message).map_err(BenchError::transport("receiving a message"))?;
         Ok((Mark::of(message)?, message))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-use isthmus_bench::{self as bench, BenchError, Part, Plan, Report, Transport};
+use isthmus_bench::{self as bench, BenchError, Data, Part, Plan, Report, Transport};
 use isthmus_mx::{Address, Endpoint, Fault, How, Parts, Pattern, RequestId, Status};
 use pyo3::prelude::*;
 
@@ -40,8 +40,9 @@ impl<'e> OneByOne<'e> {
         }
     }
 
-    fn ahead(self, depth: usize) -> Ahead<'e> {
-        Ahead { one: self, depth, requests: VecDeque::new() }
+    fn ahead(self, depth: usize, plan: &Plan) -> Ahead<'e> {
+        let copies = plan.data == Data::Cold;
+        Ahead { one: self, depth, copies, requests: VecDeque::new(), current: Box::default() }
     }
 
     fn post(&self, message: &mut [u8]) -> io::Result<RequestId> {
@@ -69,28 +70,58 @@ impl Transport for OneByOne<'_> {
     }
 }
 
-/// A few messages at a time, in buffers of their own: the loops have one, so each message is copied once more.
+/// A few messages of a stream at a time, each in a buffer of its own, as programs have them.
 struct Ahead<'e> {
     one: OneByOne<'e>,
     depth: usize,
+    /// Each message is copied from and to the loop's own memory, which is cold then.
+    copies: bool,
     requests: VecDeque<(RequestId, Box<[u8]>)>,
+    /// What came last.
+    current: Box<[u8]>,
+}
+
+impl Ahead<'_> {
+    /// After the last message the loops say nothing any more of those under way.
+    fn is_last(message: &[u8]) -> bool {
+        message.first() == Some(&(isthmus_bench::Mark::Last as u8))
+    }
+
+    /// What the oldest send has left, or a copy of the message.
+    fn buffer(&mut self, message: &[u8]) -> io::Result<Box<[u8]>> {
+        if self.requests.len() < self.depth {
+            return Ok(message.into());
+        }
+        let Some((id, mut buffer)) = self.requests.pop_front() else { return Ok(message.into()) };
+        self.one.end(id)?;
+        if self.copies || buffer.len() != message.len() {
+            buffer = message.into();
+        }
+        Ok(buffer)
+    }
+
+    fn post(&mut self, mut buffer: Box<[u8]>) -> io::Result<()> {
+        let id = self.one.post(&mut buffer)?;
+        self.requests.push_back((id, buffer));
+        Ok(())
+    }
 }
 
 impl Transport for Ahead<'_> {
     fn send(&mut self, message: &[u8]) -> io::Result<()> {
-        let mut buffer = if self.requests.len() < self.depth {
-            message.into()
-        } else if let Some((id, buffer)) = self.requests.pop_front() {
-            self.one.end(id)?;
-            buffer
-        } else {
-            message.into()
-        };
-        buffer.copy_from_slice(message);
+        self.one.send(message)
+    }
+
+    fn recv_exact(&mut self, message: &mut [u8]) -> io::Result<()> {
+        self.one.recv_exact(message)
+    }
+
+    fn send_next(&mut self, message: &mut [u8], mark: u8) -> io::Result<()> {
+        let mut buffer = self.buffer(message)?;
+        buffer[0] = mark;
         let id = self.one.begin(&buffer)?;
         self.requests.push_back((id, buffer));
-        // The loops end without a word: nothing may be left.
-        if message.first() == Some(&(isthmus_bench::Mark::Last as u8)) {
+        if Self::is_last(&[mark]) {
             for (id, _buffer) in self.requests.drain(..) {
                 self.one.end(id)?;
             }
@@ -98,25 +129,28 @@ impl Transport for Ahead<'_> {
         Ok(())
     }
 
-    fn recv_exact(&mut self, message: &mut [u8]) -> io::Result<()> {
-        while self.requests.len() < self.depth {
-            let mut buffer: Box<[u8]> = vec![0; message.len()].into();
-            let id = self.one.post(&mut buffer)?;
-            self.requests.push_back((id, buffer));
+    fn recv_next<'a>(&'a mut self, message: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let used = std::mem::take(&mut self.current);
+        if used.len() == message.len() {
+            self.post(used)?;
         }
-        let Some((id, mut buffer)) = self.requests.pop_front() else { return Ok(()) };
+        while self.requests.len() < self.depth {
+            self.post(vec![0; message.len()].into())?;
+        }
+        let Some((id, buffer)) = self.requests.pop_front() else { return Ok(message) };
         self.one.end(id)?;
-        message.copy_from_slice(&buffer);
-        if message.first() == Some(&(isthmus_bench::Mark::Last as u8)) {
+        if Self::is_last(&buffer) {
             for (id, _buffer) in self.requests.drain(..) {
                 // What nothing will meet.
                 self.one.endpoint.cancel(id).map_err(failed)?;
             }
-            return Ok(());
         }
-        let id = self.one.post(&mut buffer)?;
-        self.requests.push_back((id, buffer));
-        Ok(())
+        self.current = buffer;
+        if self.copies {
+            message.copy_from_slice(&self.current);
+            return Ok(message);
+        }
+        Ok(&self.current)
     }
 }
 
@@ -135,7 +169,8 @@ pub fn bench_mx(
     if ahead == 0 {
         return play(py, Ok(one), part, &plan);
     }
-    play(py, Ok(one.ahead(ahead)), part, &plan)
+    let one = one.ahead(ahead, &plan.plan()?);
+    play(py, Ok(one), part, &plan)
 }
 
 /// What the endpoints of a bench have moved, and whether one of them is through.
@@ -191,6 +226,18 @@ impl<T: Transport> Transport for Counted<'_, T> {
         self.bytes.fetch_add(message.len() as u64, Ordering::Relaxed);
         Ok(())
     }
+
+    fn send_next(&mut self, message: &mut [u8], mark: u8) -> io::Result<()> {
+        self.transport.send_next(message, mark)?;
+        self.bytes.fetch_add(message.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn recv_next<'a>(&'a mut self, message: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let message = self.transport.recv_next(message)?;
+        self.bytes.fetch_add(message.len() as u64, Ordering::Relaxed);
+        Ok(message)
+    }
 }
 
 /// Play `part` at many endpoints at once, each in a thread of its own with its own peer. A report for each; what they
@@ -211,7 +258,7 @@ pub fn bench_mx_many(
     let mut progress = Progress::default();
     progress.bytes.resize_with(endpoints.len(), AtomicU64::default);
     let ends = endpoints.iter().zip(peers).zip(&progress.bytes).map(|((endpoint, peer), bytes)| Counted {
-        transport: OneByOne::new(endpoint.get().inner(), peer, wait).ahead(ahead.max(1)),
+        transport: OneByOne::new(endpoint.get().inner(), peer, wait).ahead(ahead.max(1), &plan),
         bytes,
     });
     let ends: Vec<_> = ends.collect();
