@@ -13,7 +13,7 @@ use isthmus_proto::mx::Status;
 use isthmus_proto::mx::wire::{
     Above, Arrival, Body, Config, Large, Limits, PeerId, Pending, Reply, Verdict, Wire,
 };
-use isthmus_wire::card::{self, FRAME_HEAD as FRONT, Opening, RECORD_MAX};
+use isthmus_wire::card::{self, FRAME_HEAD as FRONT, Opening};
 use isthmus_wire::control::SocketKind;
 use isthmus_wire::mxoe::{
     ETHERNET_LEN, Frame, Head, INDEX_UNKNOWN, OWN_MTU, Profile, REPLY_HEAD_LEN, ReplyHead, decode, encode,
@@ -30,6 +30,8 @@ use crate::state::{EAGER_MAX, Kept, State, Unexpected, WIRE_TICKET};
 const ANSWER: Duration = Duration::from_secs(2);
 /// The first ring towards it: long frames go straight to the large one.
 const RING: u32 = 16 * 1024;
+/// The question that opens an endpoint and its answer are shorter, bytes.
+const OPENED_MAX: usize = 64;
 /// Bytes that the card may have to take yet; beyond, frames are not made.
 const AHEAD: usize = 768 << 10;
 /// Frames that are taken before others have their turn.
@@ -69,7 +71,7 @@ pub(crate) fn open(
 ) -> Result<(Arc<Connection>, Profile), Error> {
     let how = How { deadline: Some(Instant::now() + ANSWER), ..How::default() };
     let connection = dial(attachment, &how)?;
-    let mut record = [0; RECORD_MAX];
+    let mut record = [0; OPENED_MAX];
     let open = card::Record::Open { endpoint: endpoint.into() };
     let len = card::encode(&open, &mut record).map_err(|e| Error::BadAnswer(e.to_string()))?;
     lane::with_source(&record[..len], |source| connection.send_message(source, &how))?;
@@ -96,8 +98,9 @@ impl State {
     pub fn take_card(&mut self, connection: Arc<Connection>, profile: Profile) {
         self.card_lane = Some(Arc::clone(&connection));
         self.backlog.clear();
-        self.scratch.resize(RECORD_MAX, 0);
-        self.out_scratch.resize(RECORD_MAX, 0);
+        // As long as a record with the longest frame; a longer one means nothing in this dialect.
+        let longest = FRONT.len() + ETHERNET_LEN + profile.mtu() as usize;
+        (self.scratch, self.out_scratch) = (vec![0; longest], vec![0; longest]);
         if self.profile == Some(profile) {
             if let Some(card) = &mut self.card {
                 card.connection = connection;

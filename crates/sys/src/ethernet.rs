@@ -18,6 +18,8 @@ pub const HEADER: usize = 14;
 /// Bytes of the ring of received frames: what arrives within some milliseconds at 10 Gb/s, and what 64 endpoints that
 /// each have two messages of 64 KiB under way send at one time.
 const RING: usize = 16 << 20;
+/// Bytes that may wait for the interface in the kernel, which doubles them and counts what its bookkeeping takes.
+const SEND_ROOM: usize = 512 << 10;
 /// The kernel allocates the ring in blocks; no frame crosses one.
 const BLOCK: usize = 256 * 1024;
 /// In front of each frame in the ring: the kernel's header, the sender's address, and what aligns the data behind the
@@ -81,6 +83,7 @@ impl Link {
         let mtu = usize::try_from(unsafe { request.ifr_ifru.ifru_mtu }).unwrap_or(0);
         // Before Linux 4.20 there is none; what is outgoing is then passed over one by one.
         let _ = set(socket.as_fd(), libc::PACKET_IGNORE_OUTGOING, &1i32);
+        send_room(socket.as_fd());
         let version = libc::tpacket_versions::TPACKET_V2 as libc::c_int;
         set(socket.as_fd(), libc::PACKET_VERSION, &version)?;
         let ring = Ring::map(socket.as_fd(), mtu.min(longest))?;
@@ -319,6 +322,18 @@ fn bind(socket: BorrowedFd<'_>, index: i32, ethertype: u16) -> io::Result<()> {
     // SAFETY: `len` says how long the address is.
     let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
     if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Let more bytes wait in the kernel than it usually does; less will do.
+fn send_room(socket: BorrowedFd<'_>) {
+    let bytes = SEND_ROOM as libc::c_int;
+    let len = size_of_val(&bytes) as libc::socklen_t;
+    for option in [libc::SO_SNDBUF, libc::SO_SNDBUFFORCE] {
+        // SAFETY: `len` says how long the value is.
+        let _ = unsafe {
+            libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const bytes).cast(), len)
+        };
+    }
 }
 
 /// Set an option of a packet socket to a value that is plain memory.

@@ -68,7 +68,7 @@ impl Default for Timing {
             pull_least: MS,
             pull_most: 1000 * MS,
             keep_alive: 1000 * MS,
-            no_room: MS / 2,
+            no_room: MS / 10,
         }
     }
 }
