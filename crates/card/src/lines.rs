@@ -12,6 +12,8 @@ use crate::station::PortId;
 /// Records that wait for one full lane; more are lost. A lane is full for a moment when it moves to its large ring or
 /// its program is late, and a frame that is lost is missed for half a second.
 const HELD_MAX: usize = 64;
+/// And their bytes.
+const HELD_BYTES: usize = 1 << 20;
 
 pub(crate) struct Line {
     pub(crate) connection: Arc<Connection>,
@@ -93,11 +95,7 @@ impl Lines {
                 Err(_) => return false,
             }
         }
-        let room = line.held.len() < HELD_MAX;
-        if room {
-            line.held.push_back([head, rest].concat());
-        }
-        room
+        line.hold(head, rest)
     }
 
     /// Send what waits and has room now.
@@ -110,6 +108,16 @@ impl Lines {
 impl Line {
     fn send(&self, head: &[u8], rest: &[u8]) -> Result<()> {
         with_two_sources(head, rest, |source| self.connection.send_message(source, &How::at_once()))
+    }
+
+    /// `false`: too much waits already.
+    fn hold(&mut self, head: &[u8], rest: &[u8]) -> bool {
+        let bytes: usize = self.held.iter().map(Vec::len).sum();
+        let room = self.held.len() < HELD_MAX && bytes < HELD_BYTES;
+        if room {
+            self.held.push_back([head, rest].concat());
+        }
+        room
     }
 
     /// `true`: nothing waits any more.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -173,34 +173,20 @@ pub fn bench_mx(
     play(py, Ok(one), part, &plan)
 }
 
-/// What the endpoints of a bench have moved, and whether one of them is through.
-#[derive(Default)]
-struct Progress {
-    bytes: Vec<AtomicU64>,
-    is_over: AtomicBool,
-}
-
-impl Progress {
-    fn now(&self) -> (Vec<u64>, Instant) {
-        (self.bytes.iter().map(|bytes| bytes.load(Ordering::Relaxed)).collect(), Instant::now())
+/// What endpoints moved, bytes, and the seconds, from when all are at work until the first is through. `moved` counts
+/// what each has moved in messages of `size` bytes.
+fn while_all_work(moved: &[AtomicU64], size: u64, is_over: impl Fn() -> bool) -> (Vec<u64>, f64) {
+    let now = || -> Vec<u64> { moved.iter().map(|bytes| bytes.load(Ordering::Relaxed)).collect() };
+    let mut before = (now(), Instant::now());
+    while before.0.iter().any(|bytes| *bytes < AT_WORK * size) && !is_over() {
+        thread::sleep(LOOK);
+        before = (now(), Instant::now());
     }
-
-    /// Bytes that each moved, and the seconds, from when all are at work until the first is through.
-    fn while_all_work(&self, size: u64) -> (Vec<u64>, f64) {
-        let is_at_work = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed) >= AT_WORK * size;
-        let is_over = || self.is_over.load(Ordering::Relaxed);
-        let wait = |done: &dyn Fn() -> bool| {
-            while !done() && !is_over() {
-                thread::sleep(LOOK);
-            }
-        };
-        wait(&|| self.bytes.iter().all(is_at_work));
-        let (before, since) = self.now();
-        wait(&|| false);
-        let (after, until) = self.now();
-        let moved = after.iter().zip(before).map(|(after, before)| after - before).collect();
-        (moved, (until - since).as_secs_f64())
+    while !is_over() {
+        thread::sleep(LOOK);
     }
+    let (after, seconds) = (now(), before.1.elapsed().as_secs_f64());
+    (after.iter().zip(before.0).map(|(after, before)| after - before).collect(), seconds)
 }
 
 /// Messages that an endpoint moves while it finds its speed.
@@ -255,25 +241,18 @@ pub fn bench_mx_many(
 ) -> PyResult<(Vec<ReportDict>, Vec<u64>, f64)> {
     let part: Part = part.parse().map_err(fault)?;
     let plan: Plan = plan.plan()?;
-    let mut progress = Progress::default();
-    progress.bytes.resize_with(endpoints.len(), AtomicU64::default);
-    let ends = endpoints.iter().zip(peers).zip(&progress.bytes).map(|((endpoint, peer), bytes)| Counted {
+    let counts: Vec<AtomicU64> = endpoints.iter().map(|_| AtomicU64::default()).collect();
+    let ends = endpoints.iter().zip(peers).zip(&counts).map(|((endpoint, peer), bytes)| Counted {
         transport: OneByOne::new(endpoint.get().inner(), peer, wait).ahead(ahead.max(1), &plan),
         bytes,
     });
     let ends: Vec<_> = ends.collect();
     let (reports, moved): (Result<Vec<Report>, BenchError>, _) = py.detach(|| {
         thread::scope(|scope| {
-            let (plan, progress) = (&plan, &progress);
-            let play = |mut end| {
-                scope.spawn(move || {
-                    let report = bench::play(&mut end, part, plan);
-                    progress.is_over.store(true, Ordering::Relaxed);
-                    report
-                })
-            };
+            let play = |mut end| scope.spawn(move || bench::play(&mut end, part, &plan));
             let threads: Vec<_> = ends.into_iter().map(play).collect();
-            let moved = progress.while_all_work(plan.size as u64);
+            let is_over = || threads.iter().any(thread::ScopedJoinHandle::is_finished);
+            let moved = while_all_work(&counts, plan.size as u64, is_over);
             let join = |thread: thread::ScopedJoinHandle<'_, _>| {
                 thread.join().unwrap_or_else(|panic| resume_unwind(panic))
             };
