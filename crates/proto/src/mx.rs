@@ -3,6 +3,7 @@
 //! Pure: events in, events out, the clock handed in. [`matching`] decides which receive gets which message; [`wire`]
 //! brings messages over frames that get lost ([`peer`]: order and acknowledgements, [`pull`]: large messages).
 
+mod limits;
 pub mod matching;
 mod peer;
 mod pull;

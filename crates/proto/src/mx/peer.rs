@@ -8,8 +8,8 @@ use alloc::vec::Vec;
 
 use isthmus_wire::mxoe::Window;
 
+use super::limits::{Limits, Timing};
 use super::sequence::Sequence;
-use super::wire::{Limits, Timing};
 
 /// Messages beyond the next that are kept until their turn comes.
 const EARLY_MAX: u16 = 255;

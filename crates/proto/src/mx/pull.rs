@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use isthmus_wire::mxoe::{Cookie, Frame, MAGIC, Profile, Window};
 
 use super::Status;
-use super::wire::{Limits, Timing};
+use super::limits::{Limits, Timing};
 
 const SLOT_BITS: u32 = 10;
 const GENERATION_BITS: u32 = 32 - SLOT_BITS;
