@@ -348,11 +348,14 @@ print("done", interrupted > 0)
         "left",
         f"""
         import socket
-        for _ in range(3000):
+        for number in range(3000):
             with socket.create_connection(("{Bridge.right_address}", 7110), 20) as sock:
                 sock.sendall(b"hello")
                 sock.settimeout(20)
-                assert sock.recv(5) == b"hello"
+                try:
+                    assert sock.recv(5) == b"hello"
+                except OSError as error:
+                    raise AssertionError(f"connection {{number}} of 3000") from error
         print("done")
         """,
     )
