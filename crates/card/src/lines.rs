@@ -19,7 +19,32 @@ pub(crate) struct Line {
     pub(crate) connection: Arc<Connection>,
     /// When it last brought something.
     pub(crate) busy_us: u64,
-    held: VecDeque<Vec<u8>>,
+    held: Held,
+}
+
+/// Records that wait, oldest first.
+#[derive(Default)]
+struct Held {
+    records: VecDeque<Vec<u8>>,
+    bytes: usize,
+}
+
+impl Held {
+    /// `false`: too much waits already.
+    fn push(&mut self, head: &[u8], rest: &[u8]) -> bool {
+        let room = self.records.len() < HELD_MAX && self.bytes < HELD_BYTES;
+        if room {
+            self.bytes += head.len() + rest.len();
+            self.records.push_back([head, rest].concat());
+        }
+        room
+    }
+
+    fn pop(&mut self) {
+        if let Some(record) = self.records.pop_front() {
+            self.bytes -= record.len();
+        }
+    }
 }
 
 /// Connections that are looked at; the others ring.
@@ -65,7 +90,7 @@ pub(crate) struct Lines {
 
 impl Lines {
     pub(crate) fn insert(&mut self, port: PortId, connection: Arc<Connection>, now_us: u64) {
-        self.lines.insert(port, Line { connection, busy_us: now_us, held: VecDeque::new() });
+        self.lines.insert(port, Line { connection, busy_us: now_us, held: Held::default() });
     }
 
     pub(crate) fn get(&self, port: PortId) -> Option<&Line> {
@@ -88,14 +113,14 @@ impl Lines {
     /// Send a program one record, now or when its lane has room. `false`: too much waits for it already, or it is gone.
     pub(crate) fn put(&mut self, port: PortId, head: &[u8], rest: &[u8]) -> bool {
         let Some(line) = self.lines.get_mut(&port) else { return false };
-        if line.held.is_empty() {
+        if line.held.records.is_empty() {
             match line.send(head, rest) {
                 Ok(()) => return true,
                 Err(Error::WouldBlock { .. }) => self.holding.push(port),
                 Err(_) => return false,
             }
         }
-        line.hold(head, rest)
+        line.held.push(head, rest)
     }
 
     /// Send what waits and has room now.
@@ -110,24 +135,14 @@ impl Line {
         with_two_sources(head, rest, |source| self.connection.send_message(source, &How::at_once()))
     }
 
-    /// `false`: too much waits already.
-    fn hold(&mut self, head: &[u8], rest: &[u8]) -> bool {
-        let bytes: usize = self.held.iter().map(Vec::len).sum();
-        let room = self.held.len() < HELD_MAX && bytes < HELD_BYTES;
-        if room {
-            self.held.push_back([head, rest].concat());
-        }
-        room
-    }
-
     /// `true`: nothing waits any more.
     fn flush(&mut self) -> bool {
-        while let Some(record) = self.held.front() {
+        while let Some(record) = self.held.records.front() {
             let sent = with_source(record, |source| self.connection.send_message(source, &How::at_once()));
             if matches!(sent, Err(Error::WouldBlock { .. })) {
                 return false;
             }
-            self.held.pop_front();
+            self.held.pop();
         }
         true
     }
@@ -147,6 +162,20 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_waits_for_a_lane_is_bounded_in_records_and_in_bytes() {
+        for (len, most) in [(100, HELD_MAX), (HELD_BYTES / 4, 4)] {
+            let mut held = Held::default();
+            let rest = vec![7; len - 18];
+            assert!((0..most).all(|_| held.push(&[1; 18], &rest)));
+            assert!(!held.push(&[1; 18], &rest), "{len}");
+            held.pop();
+            assert!(held.push(&[1; 18], &rest));
+            (0..=most).for_each(|_| held.pop());
+            assert_eq!((held.records.len(), held.bytes), (0, 0));
+        }
+    }
 
     #[test]
     fn every_round_begins_with_another_connection() {

@@ -436,6 +436,40 @@ mod tests {
     }
 
     #[test]
+    fn a_long_frame_is_sent_from_where_its_record_lies_and_a_short_one_is_copied() {
+        let mut queue = Outgoing::new(1000, usize::MAX);
+        let mut buffer = Buffer::new(1000);
+        let lens = [2, 40, 499, 500, 1000, 61, 777];
+        for (mark, len) in (0u8..).zip(lens) {
+            let places = [buffer.record().as_ptr()];
+            buffer.fill(|room| {
+                room[..len].fill(mark);
+                (len, ())
+            });
+            assert!(queue.push_record(alone(1), &mut buffer, 60));
+            assert_eq!(buffer.capacity(), 1000);
+            assert_eq!(places[0] == buffer.record().as_ptr(), len < 500, "{len}");
+        }
+        let (mut sent, padded) = (Vec::new(), |len: usize| (len - FRAME_AT).max(60));
+        queue.transmit(
+            100,
+            |frame| {
+                sent.push(frame.to_vec());
+                Sent::Yes
+            },
+            |_, _, _| {},
+        );
+        for (mark, (len, frame)) in (0u8..).zip(lens.into_iter().zip(&sent)) {
+            assert_eq!(frame.len(), padded(len));
+            let (bytes, padding) = frame.split_at(len - FRAME_AT);
+            assert!(bytes.iter().all(|byte| *byte == mark) && padding.iter().all(|byte| *byte == 0));
+        }
+        assert_eq!((sent.len(), queue.whole.len()), (lens.len(), 3));
+        let mut full = Outgoing::new(1, usize::MAX);
+        assert!(full.push_record(alone(1), &mut buffer, 60) && !full.push_record(alone(1), &mut buffer, 60));
+    }
+
+    #[test]
     fn of_whom_all_was_sent_nothing_is_left() {
         let mut queue = Outgoing::new(1000, 1 << 20);
         for number in 0..100 {

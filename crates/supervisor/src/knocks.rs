@@ -1,15 +1,13 @@
 //! Knocks: TCP connections of our own to listeners, one for each who waits to be accepted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
 
 use isthmus_engine::node::sockets::{Brought, Visitor};
 
-/// Knocks of nobody that are remembered, and for how long if there are more.
+/// Knocks of nobody that are remembered: the last ones, for most of them are accepted soon or never.
 const OVER_MAX: usize = 1024;
-const OVER_FOR: Duration = Duration::from_secs(60);
 
 /// What a knock stands for.
 pub(crate) enum Waiting {
@@ -55,13 +53,13 @@ impl Knock {
 #[derive(Default)]
 pub(crate) struct Knocks {
     standing: HashMap<SocketAddr, Knock>,
-    /// Those that ended before they were accepted, and when. They stay in the listener's backlog, and are nobody.
-    over: HashMap<SocketAddr, Instant>,
+    /// Those that ended before they were accepted, oldest first. They stay in the listener's backlog, and are nobody.
+    over: VecDeque<SocketAddr>,
 }
 
 impl Knocks {
     pub fn insert(&mut self, from: SocketAddr, knock: Knock) {
-        self.over.remove(&from);
+        self.may_be_over(from);
         self.standing.insert(from, knock);
     }
 
@@ -78,7 +76,7 @@ impl Knocks {
     pub fn end(&mut self, from: SocketAddr) -> Option<Waiting> {
         let Knock { socket, waiting, .. } = self.standing.remove(&from)?;
         drop(socket);
-        self.remember(from, Instant::now());
+        self.remember(from);
         Some(waiting)
     }
 
@@ -92,16 +90,15 @@ impl Knocks {
     /// May what was accepted from there be a knock of nobody? A program may have got the same port since: it is one
     /// only if it has ended, too.
     pub fn may_be_over(&mut self, from: SocketAddr) -> bool {
-        self.over.remove(&from).is_some()
+        let at = self.over.iter().position(|over| *over == from);
+        at.is_some_and(|at| self.over.remove(at).is_some())
     }
 
-    fn remember(&mut self, from: SocketAddr, now: Instant) {
+    fn remember(&mut self, from: SocketAddr) {
         if self.over.len() >= OVER_MAX {
-            self.over.retain(|_, since| *since + OVER_FOR > now);
+            self.over.pop_front();
         }
-        if self.over.len() < OVER_MAX {
-            self.over.insert(from, now);
-        }
+        self.over.push_back(from);
     }
 }
 
@@ -142,14 +139,13 @@ mod tests {
     }
 
     #[test]
-    fn not_more_are_remembered_than_a_few() {
+    fn of_too_many_the_last_are_remembered() {
         let mut knocks = Knocks::default();
-        let now = Instant::now();
         for port in 0..=OVER_MAX as u16 {
-            knocks.remember(from(port), now);
+            knocks.remember(from(port));
         }
         assert_eq!(knocks.over.len(), OVER_MAX);
-        knocks.remember(from(9999), now + 2 * OVER_FOR);
-        assert_eq!(knocks.over.len(), 1);
+        assert!(!knocks.may_be_over(from(0)));
+        assert!(knocks.may_be_over(from(1)) && knocks.may_be_over(from(OVER_MAX as u16)));
     }
 }

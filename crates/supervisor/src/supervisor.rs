@@ -342,8 +342,9 @@ impl Supervisor {
 
     /// Forget what programs have closed.
     pub(crate) fn sweep(&self) {
-        let Ok(living) = self.living_now() else { return };
+        // With the state locked: what another thread has put there since would not be among the living.
         let mut state = self.state();
+        let Ok(living) = self.living_now() else { return };
         state.exchanged.retain(|inode, _| living.contains(inode));
         let closed: Vec<SocketAddr> = {
             let closed = state.listeners.iter().filter(|(inode, _)| !living.contains(inode));
