@@ -364,6 +364,52 @@ print("done", interrupted > 0)
     assert net.fallbacks() == {}
 
 
+def test_an_accept_that_is_interrupted_loses_nobody_who_comes_over_tcp(net: Net) -> None:
+    """Whoever was accepted in vain is put behind others, for whom the backlog has little room."""
+    server = net.server(
+        DISTURB.format(interrupts=True)
+        + """
+server = socket.create_server(("0.0.0.0", 7111), backlog=1)
+print("listening")
+n = 0
+while n < 1200:
+    fd, error = disturbed(libc.accept, server.fileno(), None, None)
+    if fd < 0:
+        assert error == errno.EINTR, os.strerror(error)
+        continue
+    with socket.socket(fileno=fd) as sock:
+        sock.settimeout(20)
+        sock.sendall(sock.recv(5))
+    n += 1
+print("done")
+"""
+    )
+    client = net.python(
+        "left",
+        f"""
+        import socket, threading
+        lost = []
+        def go():
+            for _ in range(150):
+                with socket.create_connection(("{Bridge.right_address}", 7111), 60) as sock:
+                    try:
+                        sock.sendall(b"hello")
+                        sock.settimeout(60)
+                        assert sock.recv(5) == b"hello"
+                    except OSError as error:
+                        lost.append(repr(error))
+                        return
+        threads = [threading.Thread(target=go) for _ in range(8)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        print(lost or "done")
+        """,
+        run=False,
+    )
+    assert client.line() == "done"
+    assert server.line() == "done"
+
+
 @pytest.mark.parametrize(
     "interrupts",
     [
