@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 import types
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ class Program:
         self._shell.say({"kill": self.number, "signal": number})
 
 
-class Shell:
+class Shell(ABC):
     """Asks `guest_shell.py` to run programs, and hears what it tells."""
 
     def __init__(self, name: str) -> None:
@@ -94,12 +95,13 @@ class Shell:
         self._news: dict[int, list[tuple[str, Any]]] = {}
         self._texts: dict[int, list[str]] = {}
 
+    @abstractmethod
     def say(self, what: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Ask for something."""
 
+    @abstractmethod
     def listen(self, seconds: float) -> None:
         """Wait so long for something to `hear`."""
-        raise NotImplementedError
 
     def python(self, code: str, *arguments: object, **environment: str) -> Program:
         """Start a Python program; its output is told by lines."""

@@ -33,7 +33,7 @@ name = "c"
 class Program:
     """A program that runs in a network, perhaps under `isthmus run`; its lines are read one by one."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], *, stdin: bool = False) -> None:
+    def __init__(self, command: list[str], environment: Mapping[str, str], *, stdin: bool = False) -> None:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -60,7 +61,7 @@ class Holder:
         self._process.communicate(timeout=_TIMEOUT_S)
 
 
-class Sides:
+class Sides(ABC):
     """A context in which the namespaces `left` and `right` are there, and joined by what `_build` makes.
 
     Attributes
@@ -99,9 +100,9 @@ class Sides:
     def _inside(self, pid: int) -> list[str]:
         return [*self._enter, "-t", str(pid), "--"]
 
+    @abstractmethod
     def _build(self, stack: ExitStack) -> None:
         """Hold the namespaces until the stack is closed, put a card in each, and join them."""
-        raise NotImplementedError
 
     @staticmethod
     def _hold(stack: ExitStack, command: Sequence[str]) -> int:
