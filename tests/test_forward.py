@@ -184,10 +184,11 @@ def test_a_hybrid_socket_asks_for_the_port(broker: PrivateBroker, tmp_path: Path
                 with contextlib.suppress(ConnectionResetError):
                     assert all_of(client) == b""
         assert process.stdout is not None
+        # What ended first may be told of last.
         said = [json.loads(process.stdout.readline())["error"] for _ in range(6)]
-        assert said[0] is None
-        assert "nobody listens" in said[1]
-        assert all("CONNECT" in text for text in said[2:])
+        said.remove(None)
+        assert sum("nobody listens" in text for text in said) == 1
+        assert sum("CONNECT" in text for text in said) == 4
 
 
 def test_a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not(

@@ -366,6 +366,13 @@ def test_an_endpoint_has_a_timeout_for_its_requests() -> None:
             connect = a.iconnect(c.nic, c.id, KEY)
             assert connect.timeout == 0.5
             assert ends(connect) is mx.Code.ENDPOINT_UNREACHABLE
+            # Whoever says how long to wait waits for so long.
+            for timeout, least in ((None, 0.4), (2, 1.9)):
+                before = time.monotonic()
+                with pytest.raises(errors.MXError) as caught:
+                    a.connect(c.nic, c.id, KEY, timeout)
+                assert caught.value.code == 30
+                assert time.monotonic() - before > least
 
 
 def test_a_receive_that_is_not_continued_ends_alone() -> None:

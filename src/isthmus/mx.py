@@ -319,6 +319,7 @@ class Endpoint:
         key : int, default 0
             What that endpoint was opened with.
         timeout : float or None, seconds
+            None: the endpoint's own, see `Request.timeout`.
 
         Raises
         ------

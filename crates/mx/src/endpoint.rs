@@ -310,7 +310,7 @@ impl Endpoint {
         self.shared.attachment.connect_then(request, Box::new(then));
     }
 
-    /// Connect, and wait for the answer.
+    /// Connect, and wait for the answer: until the deadline, or for as long as the endpoint has patience if there is none.
     ///
     /// # Errors
     /// [`Return::BadConnectionKey`], [`Return::BadEndpointId`], [`Return::ConnectionFailed`] (nobody has it open),
@@ -319,6 +319,9 @@ impl Endpoint {
         let mut request = Request::new(Kind::Connect, Parts::empty(), u32::MAX, 0, 0, 0);
         request.own = true;
         let id = self.begin_connect(request, nic, endpoint, key)?;
+        if how.deadline.is_some() {
+            self.set_patience_of(id, None)?;
+        }
         let Some(report) = self.wait(id, how)? else {
             if !self.cancel(id)? {
                 self.forget(id)?;
