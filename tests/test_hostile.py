@@ -222,10 +222,13 @@ def test_another_user_cannot_open_an_inbox_again(broker: PrivateBroker) -> None:
     accepted = listener.accept(LIMIT_S)
     assert connection.path == "put"
     inboxes = []
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # Another test's connection, which ends just now.
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # Another test's connection, which ends just now.
+            fd = os.dup(int(name))
             if "isthmus-inbox" in os.readlink(f"/proc/self/fd/{fd}"):
-                inboxes.append(int(fd))
+                inboxes.append(fd)
+            else:
+                os.close(fd)
     assert inboxes
     script = (
         "import os, sys\n"
@@ -241,6 +244,8 @@ def test_another_user_cannot_open_an_inbox_again(broker: PrivateBroker) -> None:
     stranger = subprocess.run(
         command, pass_fds=inboxes, capture_output=True, text=True, check=False, **nobody
     )
+    for fd in inboxes:
+        os.close(fd)
     assert stranger.returncode == 0, stranger.stderr
     for end in (connection, accepted):
         end.close()

@@ -12,6 +12,7 @@ pub mod error;
 pub mod lane;
 pub mod listener;
 pub mod node;
+pub mod outbox;
 pub mod poller;
 pub mod readiness;
 pub mod seat;

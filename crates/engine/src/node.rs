@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::lane::Offer;
 use crate::listener::{Acceptor, Listener, Terms};
 use crate::lock;
+use crate::outbox::Outbox;
 use crate::wait::How;
 use crate::window::Lenders;
 use sockets::Host;
@@ -108,6 +109,8 @@ pub struct Node {
     door: PathBuf,
     program: String,
     control: Mutex<Option<Arc<OwnedFd>>>,
+    /// What a host said while the broker did not read. Locked after the control socket.
+    outbox: Mutex<Outbox>,
     identity: Mutex<Identity>,
     slots: Mutex<HashMap<u32, Then>>,
     next_request: AtomicU32,
@@ -153,6 +156,7 @@ impl Node {
             door: door.to_owned(),
             program: program.to_owned(),
             control: Mutex::new(control.map(Arc::new)),
+            outbox: Mutex::default(),
             identity: Mutex::new(identity.unwrap_or_default()),
             slots: Mutex::default(),
             next_request: AtomicU32::new(1),
@@ -220,10 +224,42 @@ impl Node {
     }
 
     fn tell(&self, request: u32, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
-        let control = self.control()?;
-        // A host has programs waiting that must not wait for a broker.
-        let how = if self.host.is_some() { packet::send_now } else { packet::send };
-        send_how(&control, request, message, descriptors, how)
+        if self.host.is_some() {
+            return self.post(request, message, descriptors);
+        }
+        send_how(&*self.control()?, request, message, descriptors, packet::send)
+    }
+
+    /// Tell without waiting: a host has programs that must not wait for a broker. What its socket has no room for is
+    /// sent once there is some.
+    fn post(&self, request: u32, message: &Message<'_>, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        if self.generation != cpu::generation() {
+            return Err(Error::Forked);
+        }
+        let control = lock(&self.control);
+        let control = control.as_ref().ok_or(Error::BrokerLost)?;
+        let mut outbox = lock(&self.outbox);
+        let waited = outbox.waiting() > 0;
+        let keep = |socket: BorrowedFd<'_>, packet: &[u8], descriptors: &[BorrowedFd<'_>]| {
+            outbox.send(socket, packet, descriptors)
+        };
+        send_how(control, request, message, descriptors, keep)?;
+        if !waited && outbox.waiting() > 0 {
+            let _ = self.set.watch(control.as_fd(), TOKEN_CONTROL, true);
+        }
+        Ok(())
+    }
+
+    /// There is room for what waits. `false`: the broker is gone.
+    fn post_more(&self) -> bool {
+        let control = lock(&self.control);
+        let Some(control) = &*control else { return false };
+        let mut outbox = lock(&self.outbox);
+        let sent = outbox.flush(control.as_fd());
+        if outbox.waiting() == 0 {
+            let _ = self.set.watch(control.as_fd(), TOKEN_CONTROL, false);
+        }
+        sent.is_ok()
     }
 
     fn ask_then(&self, message: &Message<'_>, descriptors: &[BorrowedFd<'_>], then: Then) {
@@ -619,14 +655,12 @@ fn send(
     send_how(control, request, message, descriptors, packet::send)
 }
 
-type SendPacket = fn(BorrowedFd<'_>, &[u8], &[BorrowedFd<'_>]) -> std::io::Result<()>;
-
 fn send_how(
     control: &OwnedFd,
     request: u32,
     message: &Message<'_>,
     descriptors: &[BorrowedFd<'_>],
-    how: SendPacket,
+    how: impl FnOnce(BorrowedFd<'_>, &[u8], &[BorrowedFd<'_>]) -> std::io::Result<()>,
 ) -> Result<()> {
     let mut buffer = [0; MESSAGE_MAX];
     let len = control::encode(request, message, &mut buffer).map_err(|e| Error::Os {

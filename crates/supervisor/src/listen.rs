@@ -24,7 +24,7 @@ use crate::target;
 /// A knock crosses no wire. One that takes longer waits for room in the listener's backlog.
 const KNOCK_LIMIT: Duration = Duration::from_millis(3);
 /// How long one that was ended may take to be seen at its end, where softirqs wait for their turn.
-const ENDING: Duration = Duration::from_millis(20);
+const ENDING: Duration = Duration::from_millis(200);
 
 /// A listening TCP socket of a supervised program.
 pub(crate) struct Listener {

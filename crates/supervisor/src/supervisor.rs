@@ -393,8 +393,9 @@ impl Supervisor {
             let mut state = self.state();
             (state.fallbacks.take(), std::mem::take(&mut state.used))
         };
-        for connection in used {
-            node.take_socket(connection);
+        let untold = used.iter().position(|connection| !node.take_socket(*connection));
+        if let Some(untold) = untold {
+            self.state().used.extend(&used[untold..]);
         }
         for ((address, refused, why), count) in counts {
             node.tell_fallback(

@@ -47,7 +47,11 @@ impl Node {
                 match *token {
                     TOKEN_WAKE => self.wake.lower(),
                     TOKEN_CONTROL => {
-                        if !self.read_control() {
+                        let mut there = !ready.writable || self.post_more();
+                        if ready.readable || ready.hung_up {
+                            there &= self.read_control();
+                        }
+                        if !there {
                             self.attach_again();
                         }
                     }
@@ -222,8 +226,12 @@ impl Node {
     }
 
     fn lose_control(&self) {
-        if let Some(control) = lock(&self.control).take() {
-            let _ = self.set.remove(control.as_fd());
+        {
+            let mut control = lock(&self.control);
+            if let Some(control) = control.take() {
+                let _ = self.set.remove(control.as_fd());
+            }
+            lock(&self.outbox).clear();
         }
         let slots: Vec<_> = lock(&self.slots).drain().collect();
         for (_, then) in slots {

@@ -17,6 +17,7 @@ use isthmus_wire::control::{
 use super::{Answer, Attachment, Node, decode, unexpected, wait_for};
 use crate::error::{Error, Result};
 use crate::lock;
+use crate::outbox::OUTBOX_MAX;
 use crate::wait::How;
 
 /// How long programs wait that could do without a broker; it is looked for meanwhile.
@@ -114,9 +115,10 @@ impl Node {
         self.ask_then(&message, &[], Box::new(move |answer| then(answer.and_then(|a| brought(a, kind)))));
     }
 
-    /// A connection that was made ahead is used now.
-    pub fn take_socket(&self, connection: u64) {
-        let _ = self.tell(0, &Message::TakeSocket { connection }, &[]);
+    /// A connection that was made ahead is used now. `false`: the broker has much to read; say it later.
+    pub fn take_socket(&self, connection: u64) -> bool {
+        let has_room = lock(&self.outbox).waiting() < OUTBOX_MAX / 2;
+        has_room && self.tell(0, &Message::TakeSocket { connection }, &[]).is_ok()
     }
 
     /// Lease a port, to which anybody may connect whom a rule lets in.
