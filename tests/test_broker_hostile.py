@@ -162,8 +162,8 @@ def test_being_out_of_descriptors_is_not_the_programs_fault(node: Node) -> None:
             "connect", 5, to="good", to_port=1, from_port=0, kind="stream", carrier="sealed", require=0,
             small=SMALL, large=0,
         )  # fmt: skip
-        # This process is the broker as well: leave it no room for the descriptor that is under way. Whoever left
-        # before makes none.
+        # This process is the broker as well: leave it no room for the descriptor that is under way. Whoever
+        # left before makes none.
         descriptors_at_rest(node, 1)
         highest = max(int(name) for name in os.listdir("/proc/self/fd"))
         fillers = []
