@@ -294,7 +294,7 @@ def test_a_guest_reaches_a_unix_socket_of_the_host(node: Node, tmp_path: Path) -
         try:
             becomes(lambda: (tmp_path / "redis.sock").exists())
             with forward(node.broker, "host", ":6379", f"unix:{tmp_path}/redis.sock"):
-                relay = ["socat", "UNIX-LISTEN:/tmp/redis.sock,fork", "VSOCK-CONNECT:2:6379"]
+                relay = ["socat", "-t", "60", "UNIX-LISTEN:/tmp/redis.sock,fork", "VSOCK-CONNECT:2:6379"]
                 socat = node["a"].run(relay)
                 client = node["a"].run(
                     [
@@ -312,7 +312,8 @@ def test_a_guest_reaches_a_unix_socket_of_the_host(node: Node, tmp_path: Path) -
 
 @needs_strangers
 def test_the_host_reaches_a_guest_through_a_unix_socket(node: Node, tmp_path: Path) -> None:
-    server = node["b"].run(["socat", "VSOCK-LISTEN:7100,fork", "EXEC:rev"])
+    # It waits half a second, unless told otherwise, for what comes after the end of one direction.
+    server = node["b"].run(["socat", "-t", "60", "VSOCK-LISTEN:7100,fork", "EXEC:rev"])
     with forward(node.broker, "host", f"hybrid:{tmp_path}/b.sock", "b"):
 
         def ask() -> bytes:
