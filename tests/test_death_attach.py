@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 import threading
 from array import array
@@ -61,7 +62,7 @@ class Door:
         for fd in fds:
             os.close(fd)
 
-    def grant(self, request: int, number: int) -> socket.socket:
+    def grant(self, request: int, number: int, carrier: str = "sealed") -> socket.socket:
         """A connection, whose other side is ours: its end of the bell."""
         ring = os.memfd_create("lane", os.MFD_ALLOW_SEALING)
         os.ftruncate(ring, 65_536 + SMALL)
@@ -71,7 +72,7 @@ class Door:
         ours, theirs = socket.socketpair()
         self.send(
             "connected", request, (lane, theirs.detach()), connection=number, secret=1, to=2, to_name="b",
-            to_port=7, from_port=9, carrier="sealed", small=SMALL, large=0, why="", ticket=bytes(32),
+            to_port=7, from_port=9, carrier=carrier, small=SMALL, large=0, why="", ticket=bytes(32),
         )  # fmt: skip
         return ours
 
@@ -160,3 +161,43 @@ def test_a_connect_that_timed_out_leaves_no_connection(door: Door, node: n.Node)
     assert door.expect("close") == (0, {"connection": 79})
     assert bell.recv(1) == b""
     bell.close()
+
+
+def test_a_connection_that_cannot_be_joined_is_closed(door: Door, node: n.Node) -> None:
+    bells: list[socket.socket] = []
+
+    def broker() -> None:
+        request, _ = door.expect("connect")
+        bells.append(door.grant(request, 80, carrier="put"))
+
+    granting = threading.Thread(target=broker)
+    granting.start()
+    with pytest.raises(OSError, match="another carrier"):
+        node.connect("b", 7, "stream", timeout=LIMIT_S)
+    granting.join()
+    assert door.expect("close") == (0, {"connection": 80})
+    bells[0].close()
+
+
+def test_a_port_that_nobody_waits_for_any_more_is_given_back(door: Door, node: n.Node) -> None:
+    with pytest.raises(TimeoutError):
+        node.listen(5, "stream", timeout=0.01)
+    request, _ = door.expect("bind")
+    door.send("bound", request, port=5)
+    assert door.expect("unbind")[1]["port"] == 5
+
+
+@pytest.mark.parametrize("welcomes", [True, False])
+def test_bells_are_heard_while_the_next_broker_says_nothing(door: Door, node: n.Node, welcomes: bool) -> None:
+    connection, bell = connected(door, node, 81)
+    waiting = select.poll()
+    waiting.register(connection.fileno(), select.POLLIN)
+    assert not waiting.poll(0)
+    door.lose()
+    if welcomes:
+        door.let_in()
+        door.expect("resume")
+    bell.close()
+    # It would be heard once the program gives this broker up, too.
+    assert waiting.poll(5_000)
+    connection.close()

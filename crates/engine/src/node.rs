@@ -266,7 +266,9 @@ impl Node {
         let request = self.next_request.fetch_add(1, Ordering::Relaxed).max(1);
         lock(&self.slots).insert(request, then);
         if let Err(error) = self.tell(request, message, descriptors) {
-            if let Some(then) = lock(&self.slots).remove(&request) {
+            // Not with the slots locked: it may ask again, or wait for whoever does.
+            let then = lock(&self.slots).remove(&request);
+            if let Some(then) = then {
                 then(Err(error));
             }
         }
@@ -357,13 +359,32 @@ impl Node {
 
     // ---- ports
 
+    /// Lease a port. An answer that comes when nobody waits for it any more gives the port back.
     fn bind(&self, terms: &Terms, how: &How<'_>) -> Result<u32> {
         let Terms { port, partner, kind, backlog, .. } = *terms;
-        let answer = self.ask(&Message::Bind { port, kind, partner, backlog }, how)?;
-        match decode(&answer.packet)? {
-            Message::Bound { port } => Ok(port),
-            other => Err(unexpected(&other)),
-        }
+        let (tx, rx) = mpsc::sync_channel(1);
+        let over = Arc::new(Mutex::new(false));
+        let (is_over, node) = (Arc::clone(&over), self.attachment.get().cloned());
+        let then = move |answer: Result<Answer>| {
+            let bound = answer.and_then(|answer| match decode(&answer.packet)? {
+                Message::Bound { port } => Ok(port),
+                other => Err(unexpected(&other)),
+            });
+            let is_over = lock(&is_over);
+            if !*is_over {
+                return drop(tx.send(bound));
+            }
+            drop(is_over);
+            if let (Ok(port), Some(node)) = (bound, node.and_then(|node| node.upgrade())) {
+                node.unbind(port, partner);
+            }
+        };
+        self.ask_then(&Message::Bind { port, kind, partner, backlog }, &[], Box::new(then));
+        wait_for(&rx, how).unwrap_or_else(|error| {
+            *lock(&over) = true;
+            // It may have come just now.
+            rx.try_recv().unwrap_or(Err(error))
+        })
     }
 
     fn register(&self, port: u32, partner: u32, acceptor: Weak<dyn Acceptor>) {
@@ -559,9 +580,6 @@ impl Node {
         else {
             return Err(Error::BadAnswer("not an answer to connect".into()));
         };
-        if offer.is_some_and(|offer| offer.carrier != carrier) {
-            return Err(Error::BadAnswer("another carrier than was offered".into()));
-        }
         let own = offer.map_or((small, large), |offer| (offer.small, offer.large));
         let info = Info {
             id: connection,
@@ -578,9 +596,17 @@ impl Node {
             large: own.1,
             theirs: (small, large),
         };
-        let connection = self.join(offer, info, descriptors, (small, large), secret)?;
-        connection.leave_unclaimed();
-        Ok(connection)
+        let joined = if offer.is_some_and(|offer| offer.carrier != carrier) {
+            Err(Error::BadAnswer("another carrier than was offered".into()))
+        } else {
+            self.join(offer, info, descriptors, (small, large), secret)
+        };
+        match &joined {
+            Ok(connection) => connection.leave_unclaimed(),
+            // For the broker it is open.
+            Err(_) => drop(self.tell(0, &Message::Close { connection }, &[])),
+        }
+        joined
     }
 
     fn join(
@@ -670,7 +696,21 @@ fn send_how(
     how(control.as_fd(), &buffer[..len], descriptors).map_err(|_| Error::BrokerLost)
 }
 
+/// Attach, and wait for the welcome.
 fn greet(door: &Path, program: &str, features: u32, limit: Duration) -> Result<(OwnedFd, Identity)> {
+    greet_waiting(door, program, features, limit, |control| {
+        isthmus_sys::poll::wait_readable(control, Some(limit)).is_ok_and(|ready| ready.readable)
+    })
+}
+
+/// The same, where `answers` waits for the broker.
+fn greet_waiting(
+    door: &Path,
+    program: &str,
+    features: u32,
+    limit: Duration,
+    answers: impl FnOnce(BorrowedFd<'_>) -> bool,
+) -> Result<(OwnedFd, Identity)> {
     let no_broker = |source| Error::NoBroker { door: door.display().to_string(), source };
     let control = packet::connect(door, Some(limit)).map_err(no_broker)?;
     // A name too long for the message is cut, not refused.
@@ -679,8 +719,7 @@ fn greet(door: &Path, program: &str, features: u32, limit: Duration) -> Result<(
         end -= 1;
     }
     send(&control, 1, &Message::Hello { features, program: &program[..end] }, &[])?;
-    let ready = isthmus_sys::poll::wait_readable(control.as_fd(), Some(limit));
-    if !ready.is_ok_and(|ready| ready.readable) {
+    if !answers(control.as_fd()) {
         return Err(no_broker(std::io::ErrorKind::TimedOut.into()));
     }
     let mut buffer = [0; MESSAGE_MAX];

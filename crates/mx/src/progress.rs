@@ -126,7 +126,8 @@ impl Shared {
         set.add(news.as_fd(), TOKEN_NEWS).map_err(Error::os("opening an endpoint"))?;
         // SAFETY: the listener is kept, and with it the descriptor.
         let waiting = unsafe { BorrowedFd::borrow_raw(listener.fd()) };
-        set.add(waiting, TOKEN_LISTENER).map_err(Error::os("opening an endpoint"))?;
+        // While nothing may progress nobody is accepted, and it stays readable.
+        set.add_edge(waiting, TOKEN_LISTENER).map_err(Error::os("opening an endpoint"))?;
         let shared = Arc::new(Self {
             attachment: Arc::clone(attachment),
             rings: (options.small, options.large),
@@ -493,7 +494,8 @@ impl Shared {
         {
             let mut state = self.lock();
             self.looks.store(0, Ordering::Relaxed);
-            if self.progress(&mut state) || self.unread.load(Ordering::Acquire) {
+            let unread = self.unread.load(Ordering::Acquire) && !state.is_still();
+            if self.progress(&mut state) || unread {
                 limit = Duration::ZERO;
             }
             self.tell_others(&mut state);

@@ -87,6 +87,7 @@ impl Node {
     #[pyo3(signature = (to, port, kind, then, *, from_port=0, require=None, small=SMALL_DEFAULT, large=LARGE_DEFAULT, readiness=None))]
     fn connect_then(
         &self,
+        py: Python<'_>,
         to: String,
         port: u32,
         kind: &str,
@@ -100,38 +101,37 @@ impl Node {
         let (kind, require) = (kind_of(kind)?, carrier_of(require)?);
         let request = ConnectRequest { to, port, from_port, kind, require, small, large };
         let readiness = readiness.map(|pollable| Arc::clone(&pollable.get().inner));
-        self.inner.connect_then(
-            request,
-            Box::new(move |result| {
-                Python::attach(|py| {
-                    let called = match result {
-                        Ok(connection) => {
-                            // Before the call: it may hand the connection to another thread, which may close it.
-                            connection.claim();
-                            let shown = Connection::new(Arc::clone(&connection));
-                            let called = then.call1(py, (shown, py.None()));
-                            if called.is_err() {
-                                connection.abort();
-                            }
-                            if let Some(readiness) = readiness {
-                                connection.attach_readiness(readiness);
-                            }
-                            called
+        let answered = move |result: isthmus_engine::Result<Arc<isthmus_engine::Connection>>| {
+            Python::attach(|py| {
+                let called = match result {
+                    Ok(connection) => {
+                        // Before the call: it may hand the connection to another thread, which may close it.
+                        connection.claim();
+                        let shown = Connection::new(Arc::clone(&connection));
+                        let called = then.call1(py, (shown, py.None()));
+                        if called.is_err() {
+                            connection.abort();
                         }
-                        Err(error) => {
-                            let called = then.call1(py, (py.None(), to_python(py, &error)));
-                            if let Some(readiness) = readiness {
-                                readiness.set(true, true);
-                            }
-                            called
+                        if let Some(readiness) = readiness {
+                            connection.attach_readiness(readiness);
                         }
-                    };
-                    if let Err(error) = called {
-                        error.write_unraisable(py, None);
+                        called
                     }
-                });
-            }),
-        );
+                    Err(error) => {
+                        let called = then.call1(py, (py.None(), to_python(py, &error)));
+                        if let Some(readiness) = readiness {
+                            readiness.set(true, true);
+                        }
+                        called
+                    }
+                };
+                if let Err(error) = called {
+                    error.write_unraisable(py, None);
+                }
+            });
+        };
+        // A broker that does not read is waited for.
+        py.detach(|| self.inner.connect_then(request, Box::new(answered)));
         Ok(())
     }
 

@@ -31,7 +31,7 @@ pub(crate) struct Listener {
     pub address: SocketAddr,
     v6_only: bool,
     /// What the loop calls it once somebody has waited in `accept`.
-    token: Option<u64>,
+    pub token: Option<u64>,
 }
 
 /// A port of the domain that is leased for listeners.
@@ -238,10 +238,15 @@ impl Supervisor {
     pub(crate) fn give_back_unused(&self, port: u16) {
         let mut state = self.state();
         let is_used = state.listeners.values().any(|listener| listener.address.port() == port);
-        if is_used || state.leases.remove(&port).is_none() {
+        if is_used {
             return;
         }
+        let Some(lease) = state.leases.remove(&port) else { return };
         drop(state);
+        // Whoever waits for the broker there has closed its socket meanwhile.
+        for id in lease.waiting {
+            self.answer(id, Answer::Value(0));
+        }
         if let Some(node) = self.node() {
             node.give_back(port.into());
         }
@@ -354,6 +359,9 @@ impl Supervisor {
         if !watched {
             // It leaves the set when the program closes it, and says so if somebody is there already.
             if self.set.add_edge(listener.as_fd(), token).is_err() {
+                if let Some(known) = state.listeners.get_mut(&inode) {
+                    known.token = None;
+                }
                 state.accepts.pop();
                 return Verdict::Is(Answer::Errno(libc::ENOBUFS));
             }

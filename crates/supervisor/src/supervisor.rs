@@ -318,10 +318,14 @@ impl Supervisor {
     }
 
     /// A program listens here.
-    pub(crate) fn listens(&self, socket: BorrowedFd<'_>, inode: u64, listener: Listener) {
-        // Again, with another backlog: it is there already.
+    pub(crate) fn listens(&self, socket: BorrowedFd<'_>, inode: u64, mut listener: Listener) {
+        // Again, with another backlog: it is there already, and the loop may know it.
         let _ = self.living.add(socket, inode);
-        self.state().listeners.insert(inode, listener);
+        {
+            let mut state = self.state();
+            listener.token = state.listeners.get(&inode).and_then(|known| known.token);
+            state.listeners.insert(inode, listener);
+        }
         self.sweep_when_many();
     }
 

@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use isthmus_sys::packet;
 use isthmus_wire::control::{self, MESSAGE_MAX, Message, Refusal};
 
-use super::{ANSWER_LIMIT, Answer, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet, send};
+use super::{
+    ANSWER_LIMIT, Answer, Identity, Node, TOKEN_CONTROL, TOKEN_WAKE, decode_any, greet_waiting, send,
+    send_how,
+};
 use crate::bell::Doorbell;
 use crate::connection::{Connection, Info, key};
 use crate::error::{Error, Result};
@@ -244,7 +247,7 @@ impl Node {
         self.lose_control();
         let mut pause = RETRY_FIRST;
         while !self.stopping.load(Ordering::Acquire) {
-            if let Ok((control, identity)) = greet(&self.door, &self.program, self.features(), ANSWER_LIMIT) {
+            if let Ok((control, identity)) = self.greet_again() {
                 let control = Arc::new(control);
                 let shown = self
                     .show_what_we_hold(&control, identity.windows)
@@ -261,27 +264,48 @@ impl Node {
                     }
                 }
             }
-            let mut events = Vec::new();
-            let until = Instant::now() + pause;
-            // Bells must be relayed meanwhile.
-            while let Some(left) = until.checked_duration_since(Instant::now()) {
-                events.clear();
-                let _ = self.set.wait(Some(left), &mut events);
-                for (token, ready) in &events {
-                    let member = lock(&self.connections).get(token).and_then(Weak::upgrade);
-                    if let Some(connection) = member {
-                        connection.heard();
-                        if ready.hung_up {
-                            let _ = self.set.remove(connection.bell().as_fd());
-                        }
-                    }
-                }
-                if events.iter().any(|(token, _)| *token == TOKEN_WAKE) {
-                    break;
-                }
-            }
+            self.relay_until(Instant::now() + pause);
             pause = (pause * 2).min(RETRY_MOST);
         }
+    }
+
+    fn greet_again(&self) -> Result<(OwnedFd, Identity)> {
+        greet_waiting(&self.door, &self.program, self.features(), ANSWER_LIMIT, |control| {
+            self.answers(control)
+        })
+    }
+
+    /// Does a broker that is not ours yet say something within [`ANSWER_LIMIT`]?
+    fn answers(&self, control: BorrowedFd<'_>) -> bool {
+        if self.set.add(control, TOKEN_CONTROL).is_err() {
+            return false;
+        }
+        let said = self.relay_until(Instant::now() + ANSWER_LIMIT);
+        let _ = self.set.remove(control);
+        said
+    }
+
+    /// Relay bells until then, or until we are told to stop; `true`: the broker says something.
+    fn relay_until(&self, until: Instant) -> bool {
+        let mut events = Vec::new();
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            events.clear();
+            let _ = self.set.wait(Some(left), &mut events);
+            for (token, ready) in &events {
+                let member = lock(&self.connections).get(token).and_then(Weak::upgrade);
+                if let Some(connection) = member {
+                    connection.heard();
+                    if ready.hung_up {
+                        let _ = self.set.remove(connection.bell().as_fd());
+                    }
+                }
+            }
+            let is_there = |wanted| events.iter().any(|(token, _)| *token == wanted);
+            if is_there(TOKEN_CONTROL) || is_there(TOKEN_WAKE) {
+                return is_there(TOKEN_CONTROL);
+            }
+        }
+        false
     }
 
     fn show_what_we_hold(self: &Arc<Self>, control: &Arc<OwnedFd>, windows: bool) -> Result<Shown> {
@@ -316,6 +340,9 @@ impl Node {
             if let Message::Refused { text, .. } = decode_any(&answer)? {
                 lock(&self.connections).remove(&connection.info.key());
                 connection.cut(text);
+                connection.heard();
+                // Its bell stays at its end: it would be ready for ever.
+                let _ = self.set.remove(connection.bell().as_fd());
                 continue;
             }
             if windows {
@@ -356,7 +383,7 @@ impl Node {
         }
     }
 
-    /// Ask on a control socket that nobody else reads yet; what else arrives is handled.
+    /// Ask on a control socket that nobody else reads yet; what else arrives is handled, and bells are relayed.
     pub(super) fn exchange(
         self: &Arc<Self>,
         control: &Arc<OwnedFd>,
@@ -364,9 +391,13 @@ impl Node {
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Vec<u8>> {
         let asked = self.next_request.fetch_add(1, Ordering::Relaxed).max(1);
-        send(control, asked, message, descriptors)?;
+        // It reads while it answers.
+        send_how(control, asked, message, descriptors, packet::send_now)?;
         let mut buffer = [0; MESSAGE_MAX];
         loop {
+            if !self.answers(control.as_fd()) {
+                return Err(Error::BrokerLost);
+            }
             let (len, descriptors) = packet::receive(control.as_fd(), &mut buffer)
                 .map_err(Error::os("reading from the broker"))?;
             if len == 0 {

@@ -16,6 +16,7 @@ use isthmus_wire::control::{
 
 use super::{Answer, Attachment, Node, decode, unexpected, wait_for};
 use crate::error::{Error, Result};
+use crate::listener::Terms;
 use crate::lock;
 use crate::outbox::OUTBOX_MAX;
 use crate::wait::How;
@@ -310,10 +311,7 @@ impl Ports {
         listener: OwnedFd,
         how: &How<'_>,
     ) -> Result<u32> {
-        let answer = node.ask(&Message::Bind { port, kind, partner: ANYBODY, backlog }, how)?;
-        let Message::Bound { port } = decode(&answer.packet)? else {
-            return Err(Error::BadAnswer("not an answer to bind".into()));
-        };
+        let port = node.bind(&Terms { port, partner: ANYBODY, kind, backlog, small: 0, large: 0 }, how)?;
         lock(&self.0).insert(port, Port { kind, backlog, listener });
         Ok(port)
     }

@@ -1,14 +1,16 @@
-//! A host and a broker that does not read.
+//! Programs and brokers that do not read, or are gone.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use isthmus_engine::node::sockets::{Brought, Host, Visitor};
-use isthmus_engine::node::{Attachment, Node};
+use isthmus_engine::node::{Attachment, ConnectRequest, Node};
 use isthmus_engine::outbox::OUTBOX_MAX;
+use isthmus_engine::{Error, Result};
 use isthmus_sys::packet;
-use isthmus_wire::control::{self, MESSAGE_MAX, Message};
+use isthmus_wire::control::{self, MESSAGE_MAX, Message, SocketKind};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 struct Quiet;
@@ -22,9 +24,9 @@ impl Host for Quiet {
     }
 }
 
-/// A host that is attached, and the broker's end.
-fn attached(name: &str) -> (Arc<Attachment>, OwnedFd) {
-    let door = PathBuf::from(format!("/tmp/isthmus-host-{}-{name}", std::process::id()));
+/// A program that is attached, and the broker's end.
+fn attached(name: &str, attach: impl FnOnce(&Path) -> Result<Arc<Attachment>>) -> (Arc<Attachment>, OwnedFd) {
+    let door = PathBuf::from(format!("/tmp/isthmus-broker-{}-{name}", std::process::id()));
     let listener =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .expect("a socket");
@@ -41,10 +43,14 @@ fn attached(name: &str) -> (Arc<Attachment>, OwnedFd) {
         packet::send(end.as_fd(), &packet[..len], &[]).expect("a program that listens");
         end
     });
-    let host = Node::attach_host(&door, "host", Arc::new(Quiet)).expect("a broker");
+    let program = attach(&door).expect("a broker");
     let end = broker.join().expect("the broker");
     std::fs::remove_file(door).expect("its door");
-    (host, end)
+    (program, end)
+}
+
+fn host(name: &str) -> (Arc<Attachment>, OwnedFd) {
+    attached(name, |door| Node::attach_host(door, name, Arc::new(Quiet)))
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -66,7 +72,7 @@ fn heard(end: &OwnedFd) -> Heard {
 
 #[test]
 fn what_a_busy_broker_has_no_room_for_is_told_later() {
-    let (host, broker) = attached("busy");
+    let (host, broker) = host("busy");
     // Far more than its socket holds.
     let told = (0..10_000).take_while(|connection| host.take_socket(*connection)).count() as u64;
     assert!(told > OUTBOX_MAX as u64 / 2 && told < 10_000, "{told}");
@@ -81,7 +87,34 @@ fn what_a_busy_broker_has_no_room_for_is_told_later() {
 
 #[test]
 fn a_broker_that_never_reads_is_none() {
-    let (host, _broker) = attached("dead");
+    let (host, _broker) = host("dead");
     let told = (0..10_000).take_while(|connection| host.accept_socket(*connection, None).is_ok()).count();
     assert!(told > OUTBOX_MAX && told < 10_000, "{told}");
+}
+
+#[test]
+fn who_hears_that_the_broker_is_gone_may_ask_again() {
+    let (program, broker) = attached("gone", |door| Node::attach(door, "gone"));
+    drop(broker);
+    while program.attached() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let request = ConnectRequest {
+        to: "b".into(),
+        port: 1,
+        from_port: 0,
+        kind: SocketKind::Stream,
+        require: None,
+        small: 8192,
+        large: 0,
+    };
+    let (tx, rx) = mpsc::channel();
+    // In a thread of its own: if it waits for itself, this test ends all the same.
+    std::thread::spawn(move || {
+        let (again, other) = (Arc::clone(&*program), request.clone());
+        let then = move |_| again.connect_then(other, Box::new(move |result| drop(tx.send(result.err()))));
+        program.connect_then(request, Box::new(then));
+    });
+    let error = rx.recv_timeout(Duration::from_secs(20)).expect("an answer to the second question");
+    assert!(matches!(error, Some(Error::BrokerLost)), "{error:?}");
 }
