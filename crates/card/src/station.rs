@@ -29,6 +29,8 @@ const NICS_MAX: usize = 1024;
 const PORTS_MAX: usize = 512;
 /// Stations that one domain may have added by connecting to them.
 const LEARNT_MAX: usize = 256;
+/// How often a domain's nic is asked for that was not told: the card waits for the answer.
+const ASK_NIC_US: u64 = 5_000_000;
 /// In [`Outgoing`]: the card itself.
 const OWN: Sender = Sender { tenant: u32::MAX, port: 0 };
 /// Questions to the card are shorter, bytes.
@@ -67,6 +69,8 @@ struct Domain {
     name: String,
     ports: usize,
     nic: Option<Nic>,
+    /// When it may be asked for again, if there is none.
+    ask_us: u64,
     counters: DomainCounters,
 }
 
@@ -140,23 +144,40 @@ impl Station {
 
     /// Where a domain is, and its address if it came just now.
     fn slot(&mut self, name: &str, now_us: u64) -> Result<(usize, Option<[u8; 6]>), TooManyPorts> {
-        if let Some(slot) = self.by_name.get(name) {
-            return Ok((*slot, None));
+        if let Some(slot) = self.by_name.get(name).copied() {
+            let known = self.domains.get(slot);
+            let asks = known.is_some_and(|known| known.nic.is_none() && now_us >= known.ask_us);
+            let mac = if asks { self.ask_nic(slot, now_us) } else { None };
+            return Ok((slot, mac));
         }
-        let slot = self.domains.len();
-        if slot >= NICS_MAX {
-            return Err(TooManyPorts);
-        }
-        let nic = self.new_nic(name, slot, now_us);
-        let mac = nic.as_ref().map(|nic| nic.mac);
         let counters = DomainCounters::default();
-        self.domains.push(Domain { name: name.to_owned(), ports: 0, nic, counters });
+        let domain = Domain { name: name.to_owned(), ports: 0, nic: None, ask_us: 0, counters };
+        let mut slot = self.domains.len();
+        if slot < NICS_MAX {
+            self.domains.push(domain);
+        } else {
+            // One without a nic, of which nobody is here, is known to nobody.
+            let is_free = |domain: &Domain| domain.ports == 0 && domain.nic.is_none();
+            slot = self.domains.iter().position(is_free).ok_or(TooManyPorts)?;
+            self.by_name.remove(&std::mem::replace(&mut self.domains[slot], domain).name);
+        }
         self.by_name.insert(name.to_owned(), slot);
+        Ok((slot, self.ask_nic(slot, now_us)))
+    }
+
+    /// Ask for a domain's address. Without an answer it is asked for again when somebody of the domain comes: a broker that
+    /// was started again may know.
+    fn ask_nic(&mut self, slot: usize, now_us: u64) -> Option<[u8; 6]> {
+        let name = self.domains.get(slot)?.name.clone();
+        let nic = self.new_nic(&name, slot, now_us);
+        let mac = nic.as_ref().map(|nic| nic.mac);
+        let domain = self.domains.get_mut(slot)?;
+        (domain.nic, domain.ask_us) = (nic, now_us.saturating_add(ASK_NIC_US));
         if mac.is_some() {
             // Stations that were heard while nobody here could ask.
             self.ask_soon(now_us);
         }
-        Ok((slot, mac))
+        mac
     }
 
     /// `None`: the domain has none, or one that cannot be, or that of another domain.

@@ -713,3 +713,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_nic_that_was_not_told_is_asked_for_again() {
+    let mut answers = vec![0x0200_0000_0077, 0].into_iter();
+    let asked = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let count = std::sync::Arc::clone(&asked);
+    let told = std::sync::Mutex::new(std::iter::from_fn(move || answers.next_back()));
+    let nic = move |_: &str| {
+        count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        told.lock().expect("one thread").next().expect("no third question")
+    };
+    let mut station = Station::new(config(), MTU, Box::new(nic));
+    assert_eq!(station.attach(1, "late", 0), Ok(None));
+    // Not for each who comes.
+    assert_eq!(station.attach(2, "late", 1_000_000), Ok(None));
+    assert_eq!(asked.load(std::sync::atomic::Ordering::Relaxed), 1);
+    assert_eq!(station.attach(3, "late", 5_000_000), Ok(Some([2, 0, 0, 0, 0, 0x77])));
+    assert_eq!(station.attach(4, "late", 50_000_000), Ok(None));
+}
+
+#[test]
+fn domains_without_a_nic_leave_room_when_they_are_gone() {
+    let mut station = Station::new(config(), MTU, Box::new(|_: &str| 0));
+    for n in 0..3000 {
+        assert_eq!(station.attach(n, &format!("d{n}"), 0), Ok(None));
+        station.detach(n);
+    }
+}

@@ -73,6 +73,8 @@ pub(crate) struct Connecting {
     pub connect: u32,
     pub key: u32,
     pub number: u8,
+    /// What it says that is expected: the same however often it is sent.
+    pub expects: Sequence,
     pub due: u64,
     pub wait: u64,
     pub times: u32,
@@ -124,11 +126,13 @@ pub(crate) enum Early {
 }
 
 impl Early {
+    /// Bytes that it takes here.
     pub fn len(&self) -> usize {
-        match self {
-            Self::Whole { data, .. } | Self::Fragment { data, .. } => data.len(),
-            Self::Large { .. } | Self::Notify { .. } => 0,
-        }
+        size_of::<Self>()
+            + match self {
+                Self::Whole { data, .. } | Self::Fragment { data, .. } => data.len(),
+                Self::Large { .. } | Self::Notify { .. } => 0,
+            }
     }
 }
 
@@ -167,7 +171,6 @@ pub(crate) struct Peer {
     /// Until this is acknowledged the peer misses something: what is next after an acknowledgement is sent again.
     pub recovering: Option<Sequence>,
     pub connects: VecDeque<Connecting>,
-    pub connect_number: u8,
     /// Smoothed time between a message and its acknowledgement, ns; 0 before the first.
     pub round_trip: u64,
     pub acks_heard: u32,
@@ -181,7 +184,6 @@ pub(crate) struct Peer {
     early: BTreeMap<u16, Vec<Early>>,
     early_bytes: usize,
     pub ack_due: Option<u64>,
-    pub acks_sent: u32,
 }
 
 impl Peer {
@@ -203,7 +205,6 @@ impl Peer {
             answered: 0,
             recovering: None,
             connects: VecDeque::new(),
-            connect_number: 0,
             round_trip: 0,
             acks_heard: 0,
             next_match: start,
@@ -213,7 +214,6 @@ impl Peer {
             early: BTreeMap::new(),
             early_bytes: 0,
             ack_due: None,
-            acks_sent: 0,
         }
     }
 
@@ -260,6 +260,11 @@ impl Peer {
         self.early_bytes
     }
 
+    #[cfg(test)]
+    pub fn early_kept(&self) -> usize {
+        self.early.values().map(Vec::len).sum()
+    }
+
     /// What was kept for the message that is next.
     pub fn take_early(&mut self) -> Vec<Early> {
         let kept = self.early.remove(&self.next_match.value()).unwrap_or_default();
@@ -279,6 +284,8 @@ impl Peer {
 
     /// The message that is next was matched.
     pub fn matched(&mut self, partial: Option<Partial>) {
+        // A copy that was put back for want of memory is of no use any more.
+        self.take_early();
         if let Some(partial) = partial {
             self.partial.insert(self.next_match.value(), partial);
         }
@@ -411,6 +418,6 @@ impl Peer {
     fn clear_received(&mut self) {
         self.partial.clear();
         self.early.clear();
-        (self.early_bytes, self.ack_due, self.acks_sent, self.acks_heard) = (0, None, 0, 0);
+        (self.early_bytes, self.ack_due, self.acks_heard) = (0, None, 0);
     }
 }

@@ -157,8 +157,17 @@ impl Pulls {
     }
 
     fn admit(&mut self) {
-        while self.slots.iter().flatten().count() < ACTIVE_MAX {
-            let Some(mut pull) = self.waiting.pop_front() else { return };
+        loop {
+            let active = self.slots.iter().flatten().count();
+            if active >= 1 << SLOT_BITS {
+                return;
+            }
+            // A peer that serves none of its pulls holds up nobody else's.
+            let fits = |pull: &Pull| {
+                active < ACTIVE_MAX || !self.slots.iter().flatten().any(|one| one.peer == pull.peer)
+            };
+            let Some(at) = self.waiting.iter().position(fits) else { return };
+            let Some(mut pull) = self.waiting.remove(at) else { return };
             pull.generation = self.generation;
             self.generation = self.generation.wrapping_add(1) & ((1 << GENERATION_BITS) - 1);
             match self.slots.iter_mut().find(|slot| slot.is_none()) {

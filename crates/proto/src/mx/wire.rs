@@ -20,9 +20,12 @@ use super::sequence::Sequence;
 mod receive;
 #[cfg(test)]
 mod tests;
+mod windows;
 
-/// Large messages of one endpoint that are being sent at a time.
-const LARGE_MAX: usize = 128;
+use windows::Sending;
+
+/// Messages of a peer of which some parts are missing, and those behind them.
+const PARTS_MAX: u16 = 1 << 12;
 /// Windows of an endpoint: their number is a byte.
 const WINDOWS: usize = 256;
 /// The first use of a window.
@@ -135,30 +138,6 @@ pub trait Above {
     fn void(&mut self, peer: PeerId);
 }
 
-/// A large message of ours that is being pulled, or will be.
-struct Sending {
-    peer: PeerId,
-    send: u32,
-    length: u32,
-    /// Of its announcement.
-    sequence: Sequence,
-    matching: u64,
-    /// The announcement was acknowledged; when to ask again.
-    due: Option<u64>,
-    asked: u32,
-    /// The receiver answers when it is asked, so its silence means something.
-    answers: bool,
-    patience: u64,
-}
-
-impl Sending {
-    /// Is it given up? A question or its answer may be lost: it takes two.
-    fn is_spent(&self, timing: &Timing) -> bool {
-        let silence = timing.keep_alive.saturating_mul(self.asked.into());
-        self.answers && self.asked >= 2 && silence >= self.patience
-    }
-}
-
 pub struct Wire {
     config: Config,
     peers: Vec<Option<Peer>>,
@@ -172,6 +151,9 @@ pub struct Wire {
     jobs: Jobs,
     /// Of a frame that is being made.
     scratch: Vec<u8>,
+    /// Of connects and of acknowledgements, whoever they are for: no answer is taken for another's.
+    connect_number: u8,
+    acks_sent: u32,
     /// Peers whose sends wait for room or for acknowledgements.
     stalled: bool,
     /// Nothing is to be done before.
@@ -191,6 +173,8 @@ impl Wire {
             uses: alloc::vec![WINDOW_FIRST; WINDOWS],
             jobs: Jobs::default(),
             scratch: alloc::vec![0; DATA_MAX],
+            connect_number: 0,
+            acks_sent: 0,
             stalled: false,
             due: u64::MAX,
         }
@@ -309,11 +293,22 @@ impl Wire {
     ) -> bool {
         let patience = self.config.timing.patience;
         let Some(id) = self.peer_at(nic, endpoint) else { return false };
+        let number = self.connect_number;
+        self.connect_number = number.wrapping_add(1);
         let Some(peer) = self.peer_mut(id) else { return false };
-        let number = peer.connect_number;
-        peer.connect_number = number.wrapping_add(1);
+        let expects = peer.next_match;
         let (due, wait, times, silence) = (now, 0, 0, 0);
-        peer.connects.push_back(Connecting { connect, key, number, due, wait, times, patience, silence });
+        peer.connects.push_back(Connecting {
+            connect,
+            key,
+            number,
+            due,
+            wait,
+            times,
+            patience,
+            silence,
+            expects,
+        });
         self.wake_at(now);
         self.tick(now, above);
         true
@@ -392,7 +387,7 @@ impl Wire {
 
     /// Forget a peer: all that is pending with it ends, and its number is free.
     pub fn disconnect(&mut self, peer: PeerId, above: &mut impl Above) {
-        self.clean_up(peer, true, above);
+        self.clean_up(peer, above);
         if let Some(gone) = self.peers.get_mut(peer as usize).and_then(Option::take) {
             let address = (gone.nic, gone.endpoint);
             self.by_address.remove(&address);
@@ -496,7 +491,7 @@ impl Wire {
             let ready = peer.window_open(next.carries(), &limits) && self.frames(next) <= above.room();
             let what = next.what;
             let window = match what {
-                What::Rendezvous { .. } => self.free_window(),
+                What::Rendezvous { .. } => self.free_window(id),
                 _ => Some(0),
             };
             let (true, Some(window)) = (ready, window) else {
@@ -516,53 +511,27 @@ impl Wire {
             }
             self.transmit(id, &one, above);
             self.wake_at(one.due);
+            let sequence = one.sequence;
             if let Some(peer) = self.peer_mut(id) {
                 peer.unacked.push_back(one);
             }
+            self.age_windows(id, sequence);
         }
-    }
-
-    fn free_window(&self) -> Option<u8> {
-        if self.windows.iter().flatten().count() >= LARGE_MAX {
-            return None;
-        }
-        self.windows.iter().position(Option::is_none).map(|at| at as u8)
-    }
-
-    fn open_window(&mut self, window: u8, peer: PeerId, one: &Outgoing) {
-        self.windows[usize::from(window)] = Some(Sending {
-            peer,
-            send: one.send.unwrap_or(0),
-            length: one.length,
-            sequence: one.sequence,
-            matching: one.matching,
-            due: None,
-            asked: 0,
-            answers: false,
-            patience: one.patience,
-        });
-    }
-
-    fn close_window(&mut self, window: u8) -> Option<Sending> {
-        let sending = self.windows[usize::from(window)].take()?;
-        let uses = &mut self.uses[usize::from(window)];
-        *uses = uses.wrapping_add(1);
-        self.jobs.forget(sending.send);
-        Some(sending)
     }
 
     fn send_ack(&mut self, to: PeerId, above: &mut impl Above) {
         let from = self.config.endpoint;
         let Some(peer) = self.peer_mut(to) else { return };
         let Some(session) = peer.back_session.or(peer.session) else { return };
-        let next = peer.acknowledge();
-        peer.acks_sent = peer.acks_sent.wrapping_add(1);
-        let ends = Ends { to: peer.endpoint, from, generation: 0 };
-        let ack = Frame::Ack { ends, session, next, number: peer.acks_sent, sent: next, resent: 0 };
-        let nic = peer.nic;
-        if above.room() > 0 {
-            above.transmit(nic, &ack);
+        if above.room() == 0 {
+            return;
         }
+        let next = peer.acknowledge();
+        let ends = Ends { to: peer.endpoint, from, generation: 0 };
+        let nic = peer.nic;
+        self.acks_sent = self.acks_sent.wrapping_add(1);
+        let ack = Frame::Ack { ends, session, next, number: self.acks_sent, sent: next, resent: 0 };
+        above.transmit(nic, &ack);
     }
 
     // ---- time
@@ -612,15 +581,18 @@ impl Wire {
         let Config { timing, endpoint, session, .. } = self.config;
         if self.peer(id).is_some_and(|peer| peer.ack_due.is_some_and(|due| due <= now)) {
             self.send_ack(id, above);
+            if let Some(peer) = self.peer_mut(id) {
+                peer.ack_due = peer.ack_due.map(|_| now.saturating_add(timing.no_room));
+            }
         }
         let Some(peer) = self.peer_mut(id) else { return };
         if peer.loses_patience(now) || peer.connects.iter().any(|one| one.is_spent(now)) {
-            return self.clean_up(id, true, above);
+            return self.clean_up(id, above);
         }
-        let expects = peer.next_match.bits();
         let (nic, ends) = (peer.nic, Ends { to: peer.endpoint, from: endpoint, generation: 0 });
         for one in peer.connects.iter_mut().filter(|one| one.due <= now) {
             let Connecting { key, number, .. } = *one;
+            let expects = one.expects.bits();
             (one.times, one.silence) = (one.times + 1, one.silence.saturating_add(one.wait));
             one.wait = (timing.resend_first << one.times.min(6)).min(timing.resend_max);
             one.due = now.saturating_add(one.wait);
@@ -659,36 +631,6 @@ impl Wire {
         }
     }
 
-    /// Large messages whose receivers know of them and say nothing: are they still there? The announcement is repeated;
-    /// a receiver that has it acknowledges it again, and of one that is gone its station says so.
-    fn keep_windows_alive(&mut self, now: u64, above: &mut impl Above) {
-        let timing = self.config.timing;
-        let mut dead = None;
-        for window in 0..WINDOWS as u16 {
-            let Some(sending) = &mut self.windows[usize::from(window)] else { continue };
-            let Some(due) = sending.due else { continue };
-            if due <= now {
-                sending.due = Some(now.saturating_add(timing.keep_alive));
-                if sending.is_spent(&timing) {
-                    dead = Some(sending.peer);
-                }
-                sending.asked += 1;
-                let what = What::Rendezvous { window: window as u8 };
-                let mut one = Outgoing::new(what, Some(sending.send), sending.matching, sending.length);
-                one.sequence = sending.sequence;
-                let peer = sending.peer;
-                if above.room() > 0 {
-                    self.transmit(peer, &one, above);
-                }
-            }
-            let due = self.windows[usize::from(window)].as_ref().and_then(|sending| sending.due);
-            self.wake_at(due.unwrap_or(u64::MAX));
-        }
-        if let Some(peer) = dead {
-            self.clean_up(peer, true, above);
-        }
-    }
-
     fn turn_pulls(&mut self, now: u64, above: &mut impl Above) {
         let (from, timing) = (self.config.endpoint, self.config.timing);
         let mut ended = Vec::new();
@@ -718,14 +660,14 @@ impl Wire {
 
     // ---- ends
 
-    /// All that is pending with a peer ends; of one that was given up also the pulls, which otherwise hear for themselves.
-    fn clean_up(&mut self, id: PeerId, given_up: bool, above: &mut impl Above) {
+    /// All that is pending with a peer ends.
+    fn clean_up(&mut self, id: PeerId, above: &mut impl Above) {
         const WHY: Status = Status::EndpointUnreachable;
         let Some(peer) = self.peer_mut(id) else { return };
         let connects = core::mem::take(&mut peer.connects);
         let pending: Vec<_> = peer.unacked.drain(..).chain(peer.queue.drain(..)).collect();
         let tickets: Vec<u32> = peer.partial.values().map(|partial| partial.ticket).collect();
-        (peer.in_flight, peer.session, peer.back_session, peer.connect_number) = (0, None, None, 0);
+        (peer.in_flight, peer.session, peer.back_session) = (0, None, None);
         peer.start_elsewhere();
         for one in pending {
             if let (What::Eager, Some(send)) | (What::Rendezvous { .. }, Some(send)) = (one.what, one.send) {
@@ -741,27 +683,12 @@ impl Wire {
         for ticket in tickets {
             above.placed(ticket, Err(WHY));
         }
-        if given_up {
-            let mut ended = Vec::new();
-            self.pulls.fail(|pull| pull.peer == id, WHY, &mut ended);
-            for Ended { ticket, outcome, .. } in ended {
-                above.placed(ticket, outcome);
-            }
+        // Also if it lives on as another instance, whose windows have the same numbers.
+        let mut ended = Vec::new();
+        self.pulls.fail(|pull| pull.peer == id, WHY, &mut ended);
+        for Ended { ticket, outcome, .. } in ended {
+            above.placed(ticket, outcome);
         }
         above.void(id);
-    }
-
-    fn is_large(&self, send: u32) -> bool {
-        self.windows.iter().flatten().any(|sending| sending.send == send)
-    }
-
-    fn fail_windows(&mut self, peer: PeerId, why: Status, above: &mut impl Above) {
-        for window in 0..=u8::MAX {
-            if self.windows[usize::from(window)].as_ref().is_some_and(|sending| sending.peer == peer) {
-                if let Some(sending) = self.close_window(window) {
-                    above.sent(sending.send, Err(why));
-                }
-            }
-        }
     }
 }

@@ -123,14 +123,22 @@ impl Wire {
     }
 
     /// The peer answers. It was told what we expect next, and goes by it.
-    fn meet_answering(&mut self, id: PeerId, session: u32, expects: Sequence, above: &mut impl Above) {
+    fn meet_answering(
+        &mut self,
+        id: PeerId,
+        session: u32,
+        expects: Sequence,
+        told: Sequence,
+        above: &mut impl Above,
+    ) {
         let Some(peer) = self.peer(id) else { return };
-        let (told, known) = (peer.next_match, peer.back_session.or(peer.session));
+        let known = peer.back_session.or(peer.session);
         let started_again = peer.session == Some(session) && expects.session() != peer.next_send.session();
         if started_again || known.is_some_and(|known| known != session) {
             self.start_over(id, above);
             if let Some(peer) = self.peer_mut(id) {
                 peer.expect(told);
+                peer.connects.iter_mut().for_each(|one| one.expects = told);
             }
         }
         let Some(peer) = self.peer_mut(id) else { return };
@@ -143,10 +151,12 @@ impl Wire {
     /// What was pending with the peer's last instance ends; connects stay, which the new one may answer.
     fn start_over(&mut self, id: PeerId, above: &mut impl Above) {
         let Some(peer) = self.peer_mut(id) else { return };
-        let (connects, number) = (core::mem::take(&mut peer.connects), peer.connect_number);
-        self.clean_up(id, false, above);
+        let connects = core::mem::take(&mut peer.connects);
+        self.clean_up(id, above);
         if let Some(peer) = self.peer_mut(id) {
-            (peer.connects, peer.connect_number) = (connects, number);
+            peer.connects = connects;
+            let next = peer.next_match;
+            peer.connects.iter_mut().for_each(|one| one.expects = next);
         }
     }
 
@@ -167,7 +177,7 @@ impl Wire {
         };
         let Some(one) = peer.connects.remove(at) else { return };
         if outcome.is_ok() {
-            self.meet_answering(id, own_session, Sequence::from_bits(expects), above);
+            self.meet_answering(id, own_session, Sequence::from_bits(expects), one.expects, above);
         }
         above.connected(one.connect, outcome);
         self.pump(now, id, above);
@@ -248,6 +258,10 @@ impl Wire {
         above: &mut impl Above,
     ) -> bool {
         let Some(peer) = self.peer(id) else { return false };
+        // Before their numbers come again some must be whole.
+        if peer.next_match.since(peer.next_whole) >= PARTS_MAX {
+            return false;
+        }
         let (address, session) = ((peer.nic, peer.endpoint), peer.back_session.unwrap_or(0));
         let arrival = |length, body| Arrival { peer: id, address, session, matching, length, body };
         let mut partial = None;
@@ -344,7 +358,7 @@ impl Wire {
         // It may have overtaken the acknowledgement of its announcement.
         if let Some(peer) = self.peer_mut(id) {
             for one in &mut peer.unacked {
-                if one.sequence == sending.sequence {
+                if one.sequence == sending.sequence && one.what == (What::Rendezvous { window: window.id }) {
                     one.send = None;
                 }
             }
@@ -384,7 +398,7 @@ impl Wire {
         }
         // The receivers of large messages are there.
         for sending in self.windows.iter_mut().flatten().filter(|sending| sending.peer == id) {
-            (sending.asked, sending.answers) = (0, sending.answers || sending.asked > 0);
+            sending.asked = 0;
         }
     }
 
@@ -399,7 +413,7 @@ impl Wire {
                 (What::Eager, Some(send)) => above.sent(send, Ok(one.length)),
                 (What::Rendezvous { window }, Some(send)) => {
                     let sending = self.windows[usize::from(window)].as_mut();
-                    if let Some(sending) = sending.filter(|sending| sending.send == send) {
+                    if let Some(sending) = sending.filter(|sending| sending.send == send && !sending.is_old) {
                         sending.due = Some(keep_alive);
                         self.wake_at(keep_alive);
                     }

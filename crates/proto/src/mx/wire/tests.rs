@@ -1,7 +1,10 @@
 //! Two endpoints and what may happen to them, in the network of [`net`].
 
+mod instances;
 mod net;
 mod patience;
+mod strangers;
+mod wraps;
 
 use alloc::collections::VecDeque;
 use alloc::vec;
@@ -379,7 +382,7 @@ fn the_same_peer_can_be_given_up_and_connected_to_again() {
     net.send(1, 0, 10, false);
     net.run(Net::all_ended);
     let Side { wire, program } = &mut net.sides[0];
-    wire.clean_up(0, true, program);
+    wire.clean_up(0, program);
     assert_eq!(program.voided, [0]);
     net.connect(0, KEY);
     net.run(|net| net.sides[0].program.connected.len() == 2);

@@ -52,6 +52,8 @@ pub struct Program {
     pub keeps: bool,
     /// Refuse so many messages.
     pub no_memory: u32,
+    /// Refuse the one that comes so many later; 0: none.
+    pub refuses_in: u32,
     /// Take so many bytes of each.
     pub short: Option<u32>,
     /// With pulls.
@@ -96,6 +98,12 @@ impl Above for Program {
         if self.no_memory > 0 {
             self.no_memory -= 1;
             return Verdict::Later;
+        }
+        if self.refuses_in > 0 {
+            self.refuses_in -= 1;
+            if self.refuses_in == 0 {
+                return Verdict::Later;
+            }
         }
         let ticket = self.arrived.len() as u32;
         let room = vec![0; arrival.length as usize];
@@ -255,7 +263,10 @@ impl Net {
     /// What a side has to send flies.
     pub fn post(&mut self, from: usize) {
         for (to, mut frame) in core::mem::take(&mut self.sides[from].program.out) {
-            assert_eq!(to, NICS[1 - from]);
+            if to != NICS[1 - from] {
+                // What strangers are told, nobody hears.
+                continue;
+            }
             self.frames += 1;
             let weather = if self.only.is_some_and(|kind| kind != frame[16]) { CLEAR } else { self.weather };
             if self.dice.chance(weather.lost) || self.swallowed.contains(&frame[16]) {

@@ -232,3 +232,33 @@ fn what_was_lost_with_the_way_goes_out_again_at_once() {
         net.check(0, &[8 << 20]);
     }
 }
+
+/// It has acknowledged the announcement, and was never asked again; or it has begun to fetch.
+#[test]
+fn a_large_message_to_a_station_that_is_gone_ends() {
+    for keeps in [true, false] {
+        let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+        net.sides[1].program.keeps = keeps;
+        // No answer to a pull arrives.
+        net.swallowed = vec![42];
+        net.sides[0].wire.set_patience(10 * SECOND);
+        net.send(0, 0, 1 << 20, true);
+        net.run_for(SECOND / 2);
+        net.swallowed = (35..46).collect();
+        let took = until_ended(&mut net);
+        assert!(took > 9 * SECOND && took < 20 * SECOND, "{took} ns");
+        assert_eq!(net.sides[0].program.ended, [(0, OVER)]);
+    }
+}
+
+#[test]
+fn an_acknowledgement_waits_for_room() {
+    let mut net = Net::connected(1, CLEAR, Profile::WIRE);
+    net.sides[1].program.full = true;
+    net.send(0, 0, 10, false);
+    net.run_for(20 * MS);
+    net.sides[1].program.full = false;
+    let Side { wire, program } = &mut net.sides[1];
+    wire.close(program);
+    assert!(program.out.iter().any(|(_, frame)| frame[16] == 35), "closed, and never acknowledged");
+}
