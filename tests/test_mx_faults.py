@@ -618,6 +618,51 @@ def test_lanes_outlive_the_broker(broker: PrivateBroker) -> None:
             b.connect("a", 7, timeout=LIMIT_S)
 
 
+# An endpoint that accepts nobody until it is told to.
+LATE = """
+import ctypes, sys
+from isthmus.cli.mx import MYRIEXPRESS
+mx = ctypes.CDLL(str(MYRIEXPRESS / "lib" / "libmyriexpress.so"))
+endpoint = ctypes.c_void_p()
+assert mx.mx__init_api(0x301) == 0
+assert mx.mx_open_endpoint(ctypes.c_uint32(-1), 3, 7, None, 0, ctypes.byref(endpoint)) == 0
+assert mx.mx_disable_progression(endpoint) == 0
+print("open", flush=True)
+sys.stdin.readline()
+assert mx.mx_reenable_progression(endpoint) == 0
+print("awake", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_who_connects_while_the_broker_is_gone_is_met_when_it_is_back() -> None:
+    """Nobody else knows which card a domain has that was never heard of."""
+    with PrivateBroker(("a", "b")) as own, mx.Endpoint(node=isthmus.attach(own.door("a"))) as a:
+        environment = os.environ | {"ISTHMUS_DOOR": own.door("b")}
+        command = [sys.executable, "-c", LATE]
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as late:
+            assert late.stdin is not None
+            assert late.stdout is not None
+            assert late.stdout.readline() == "open\n"
+            connect = a.iconnect("b", 3, 7)
+
+            def is_open() -> bool:
+                connections = own.ask("status", domain="b")["domain"]["connections"]
+                return [one["state"] for one in connections] == ["open"]
+
+            becomes(is_open)
+            own.kill()
+            late.stdin.write("accept\n")
+            late.stdin.flush()
+            assert late.stdout.readline() == "awake\n"
+            assert connect.test() is None
+            own.start()
+            fine(connect)
+            late.stdin.close()
+
+
 # ---- fork
 
 

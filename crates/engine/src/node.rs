@@ -330,11 +330,13 @@ impl Node {
     /// # Errors
     /// There is none, or no broker answers.
     pub fn find_nic(&self, nic: u64, name: &str, how: &How<'_>) -> Result<Nic> {
-        let answer = self.ask(&Message::FindNic { nic, name }, how)?;
-        match decode(&answer.packet)? {
-            Message::Nic { nic, domain, name } => Ok(Nic { nic, domain, name: name.to_owned() }),
-            other => Err(unexpected(&other)),
-        }
+        found_nic(&self.ask(&Message::FindNic { nic, name }, how)?)
+    }
+
+    /// As [`Node::find_nic`], without waiting for the answer.
+    pub fn find_nic_then(&self, nic: u64, name: &str, then: Box<dyn FnOnce(Result<Nic>) + Send>) {
+        let found = move |answer: Result<Answer>| then(answer.and_then(|answer| found_nic(&answer)));
+        self.ask_then(&Message::FindNic { nic, name }, &[], Box::new(found));
     }
 
     /// What the broker knows of this domain, as JSON.
@@ -648,6 +650,13 @@ impl Node {
     /// Relay this connection's bell to its readiness.
     pub(crate) fn watch(&self, connection: &Connection) {
         let _ = self.set.add(connection.bell().as_fd(), connection.info.key());
+    }
+}
+
+fn found_nic(answer: &Answer) -> Result<Nic> {
+    match decode(&answer.packet)? {
+        Message::Nic { nic, domain, name } => Ok(Nic { nic, domain, name: name.to_owned() }),
+        other => Err(unexpected(&other)),
     }
 }
 

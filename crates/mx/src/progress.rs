@@ -6,12 +6,12 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use isthmus_engine::listener::Listener;
-use isthmus_engine::node::Attachment;
+use isthmus_engine::node::{Attachment, Nic};
 use isthmus_engine::{Connection, Error, How, Wait, spin_beside};
 use isthmus_proto::mx::Status;
 use isthmus_proto::spin::{GUEST, Spin};
@@ -43,8 +43,9 @@ const LOST_NS: u64 = 100_000_000;
 const AWAKE: u64 = 0;
 /// Who sleeps behind another looks again this often, in case.
 const BEHIND_LIMIT: Duration = Duration::from_millis(20);
-/// The broker answers within this.
-const ANSWER: Duration = Duration::from_secs(2);
+/// Between questions to a broker that is not there, ns; and when to ask if there is nothing to be asked.
+const ASK_NS: u64 = 50_000_000;
+const NEVER: u64 = u64::MAX;
 /// Looks at the lanes for one at the card, which needs the clock.
 const LOOKS_PER_CARD: u32 = 8;
 
@@ -57,9 +58,12 @@ pub(crate) enum Event {
         key: u32,
         opened: isthmus_engine::Result<Arc<Connection>>,
     },
+    /// Somebody has connected, and the broker was asked for the card of his domain.
+    Met { connection: Arc<Connection>, found: isthmus_engine::Result<Nic> },
 }
 
 pub(crate) struct Shared {
+    own: Weak<Self>,
     pub attachment: Arc<Attachment>,
     pub rings: (u32, u32),
     /// A way to other nodes is wanted; while there is none, when to look for one, ns.
@@ -103,6 +107,9 @@ pub(crate) struct Shared {
     generation: u32,
     thread: Mutex<Option<JoinHandle<()>>>,
     nics: Mutex<HashMap<String, u64>>,
+    /// Those who have connected while no broker could say who they are; and when it is asked again, ns.
+    unknown: Mutex<Vec<Arc<Connection>>>,
+    ask_at: AtomicU64,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -128,7 +135,9 @@ impl Shared {
         let waiting = unsafe { BorrowedFd::borrow_raw(listener.fd()) };
         // While nothing may progress nobody is accepted, and it stays readable.
         set.add_edge(waiting, TOKEN_LISTENER).map_err(Error::os("opening an endpoint"))?;
-        let shared = Arc::new(Self {
+        let ended = Flag::new().map_err(Error::os("opening an endpoint"))?;
+        let shared = Arc::new_cyclic(|own| Self {
+            own: Weak::clone(own),
             attachment: Arc::clone(attachment),
             rings: (options.small, options.large),
             wire: options.wire,
@@ -143,7 +152,7 @@ impl Shared {
             listener,
             set,
             news,
-            ended: Flag::new().map_err(Error::os("opening an endpoint"))?,
+            ended,
             told_fd: AtomicBool::new(true),
             leader: Mutex::new(()),
             ours_leads: AtomicBool::new(false),
@@ -159,6 +168,8 @@ impl Shared {
             generation: generation(),
             thread: Mutex::new(None),
             nics: Mutex::default(),
+            unknown: Mutex::default(),
+            ask_at: AtomicU64::new(NEVER),
         });
         let own = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -216,6 +227,12 @@ impl Shared {
         if self.unread.load(Ordering::Acquire) {
             self.read_inbox(state);
         }
+        let ask_at = self.ask_at.load(Ordering::Relaxed);
+        if ask_at != NEVER && ask_at <= now_ns() {
+            self.ask_at.store(NEVER, Ordering::Relaxed);
+            let unknown = std::mem::take(&mut *locked(&self.unknown));
+            unknown.into_iter().for_each(|connection| self.meet(state, connection));
+        }
         let mut came = false;
         state.is_stuck = false;
         for lane in 0..state.lanes.len() as u32 {
@@ -266,7 +283,14 @@ impl Shared {
     fn read_inbox(&self, state: &mut State) {
         self.unread.store(false, Ordering::Release);
         let events = std::mem::take(&mut *locked(&self.inbox));
-        for Event::Opened { id, nic, endpoint, key, opened } in events {
+        for event in events {
+            let (id, nic, endpoint, key, opened) = match event {
+                Event::Opened { id, nic, endpoint, key, opened } => (id, nic, endpoint, key, opened),
+                Event::Met { connection, found } => {
+                    self.met(state, connection, found);
+                    continue;
+                }
+            };
             // It may have been taken back.
             if state.requests.get(id).is_none() {
                 continue;
@@ -286,20 +310,39 @@ impl Shared {
             }
         }
         while let Ok(connection) = self.listener.accept(&How::at_once()) {
-            let Some(nic) = self.nic_of(&connection.info.peer_name) else { continue };
-            self.adopt(state, connection, Greeting::Awaited { nic });
+            self.meet(state, connection);
         }
     }
 
-    /// The card of a domain of this node.
-    fn nic_of(&self, domain: &str) -> Option<u64> {
-        if let Some(nic) = locked(&self.nics).get(domain) {
-            return Some(*nic);
+    /// Somebody has connected: which card has his domain? The broker is asked once for each domain.
+    fn meet(&self, state: &mut State, connection: Arc<Connection>) {
+        let known = locked(&self.nics).get(&connection.info.peer_name).copied();
+        if let Some(nic) = known {
+            self.adopt(state, connection, Greeting::Awaited { nic });
+            return;
         }
-        let how = How { deadline: Some(std::time::Instant::now() + ANSWER), ..How::default() };
-        let nic = self.attachment.find_nic(0, domain, &how).ok()?.nic;
-        locked(&self.nics).insert(domain.into(), nic);
-        Some(nic)
+        let (own, domain) = (Weak::clone(&self.own), connection.info.peer_name.clone());
+        let then = move |found| {
+            if let Some(shared) = own.upgrade() {
+                shared.tell(Event::Met { connection, found });
+            }
+        };
+        self.attachment.find_nic_then(0, &domain, Box::new(then));
+    }
+
+    fn met(&self, state: &mut State, connection: Arc<Connection>, found: isthmus_engine::Result<Nic>) {
+        match found {
+            Ok(Nic { nic, .. }) => {
+                locked(&self.nics).insert(connection.info.peer_name.clone(), nic);
+                self.adopt(state, connection, Greeting::Awaited { nic });
+            }
+            Err(Error::BrokerLost) => {
+                locked(&self.unknown).push(connection);
+                self.ask_at.store(now_ns().saturating_add(ASK_NS), Ordering::Relaxed);
+            }
+            // His domain is gone, and so is he.
+            Err(_) => {}
+        }
     }
 
     fn adopt(&self, state: &mut State, connection: Arc<Connection>, greeting: Greeting) -> u32 {
@@ -470,6 +513,8 @@ impl Shared {
         if !state.placing.is_empty() {
             limit = Duration::ZERO;
         }
+        let ask_at = self.ask_at.load(Ordering::Relaxed);
+        limit = limit.min(Duration::from_nanos(ask_at.saturating_sub(now_ns())));
         for lane in state.lanes.iter().flatten().filter(|lane| !lane.is_stuck) {
             // Also true of one that has ended: it is looked at.
             if lane.connection.park(true, !lane.is_idle()).unwrap_or(true) {
