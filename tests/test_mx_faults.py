@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, becomes
+from conftest import LIMIT_S, becomes, started
 from endpoints import LONG, ended, fails, fine, joined, noise
 from test_death import lanes
 from test_mx import rules
@@ -243,7 +243,7 @@ def test_a_wrong_pull_ends_the_send(broker: PrivateBroker, wrong: str) -> None:
         peer = fine(a.irecv(0, None)).peer
         assert peer is not None
         receive = a.irecv(99, bytearray(1))
-        # More than a lane holds, so that it is not done in between.
+        # More than a lane holds.
         length = 2**24
         request = a.isend(peer, 5, bytes(length))
         announced = hostile.hear()
@@ -259,8 +259,12 @@ def test_a_wrong_pull_ends_the_send(broker: PrivateBroker, wrong: str) -> None:
             hostile.say(PULL, id=announced.id)
             hostile.say(PULL, id=announced.id)
         hostile.ends()
-        code = ended(request).code
-        assert code is (mx.Code.TRUNCATED if wrong == "twice nothing" else mx.Code.ENDPOINT_CLOSED)
+        allowed = {
+            "twice nothing": {mx.Code.TRUNCATED},
+            # Or all of it had gone before the second came.
+            "twice": {mx.Code.ENDPOINT_CLOSED, mx.Code.SUCCESS},
+        }
+        assert ended(request).code in allowed.get(wrong, {mx.Code.ENDPOINT_CLOSED})
         assert receive.cancel()
 
 
@@ -640,9 +644,7 @@ def test_who_connects_while_the_broker_is_gone_is_met_when_it_is_back() -> None:
     with PrivateBroker(("a", "b")) as own, mx.Endpoint(node=isthmus.attach(own.door("a"))) as a:
         environment = os.environ | {"ISTHMUS_DOOR": own.door("b")}
         command = [sys.executable, "-c", LATE]
-        with subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as late:
+        with started(command, env=environment, stdin=subprocess.PIPE) as late:
             assert late.stdin is not None
             assert late.stdout is not None
             assert late.stdout.readline() == "open\n"

@@ -40,6 +40,8 @@ __all__ = ["ALL", "TIMEOUT", "Code", "Endpoint", "Peer", "Request", "Status", "b
 ALL = 2**64 - 1
 #: Before a peer of another node that does not answer is given up, unless the program says otherwise, seconds.
 TIMEOUT = 500.0
+#: Peers that are kept, so as not to be made anew for each message.
+_PEERS_MAX = 1024
 
 
 class Code(IntEnum):
@@ -399,8 +401,16 @@ class Endpoint:
         if found is None:
             return None
         id, told = found
-        request = self._requests.pop(id, None) or Request(self, id)
-        request._status = self._status(told)
+        status = self._status(told)
+        request = self._requests.pop(id, None)
+        if request is None:
+            # The thread that makes it has its number, and has not noted it yet.
+            own = Request(self, id)
+            own._status = status
+            request = self._requests.setdefault(id, own)
+            if request is not own:
+                del self._requests[id]
+        request._status = status
         return request
 
     def test_any(self, match: int | None = None, mask: int = ALL) -> Request | None:
@@ -450,7 +460,11 @@ class Endpoint:
         return f"<mx.Endpoint {self.id} of {format_nic(self.nic)}>"
 
     def _request(self, id: int) -> Request:
-        request = self._requests[id] = Request(self, id)
+        own = Request(self, id)
+        request = self._requests.setdefault(id, own)
+        if request is not own:
+            # It has ended already, and another thread waited for any.
+            del self._requests[id]
         return request
 
     def _peer(self, words: tuple[int, int]) -> Peer | None:
@@ -459,6 +473,9 @@ class Endpoint:
             known = self._native.decompose(words)
             if known is None:
                 return None
+            if len(self._peers) >= _PEERS_MAX:
+                # Peers that are equal are as good as the same.
+                self._peers.clear()
             peer = self._peers[words] = Peer(words, *known)
         return peer
 

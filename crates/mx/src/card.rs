@@ -97,6 +97,9 @@ impl State {
     /// Frames go this way from now on. What was under way over another card goes on if this wire speaks as that did.
     pub fn take_card(&mut self, connection: Arc<Connection>, profile: Profile) {
         self.card_lane = Some(Arc::clone(&connection));
+        if let Some(before) = &self.card {
+            self.hear_no_more(&before.connection);
+        }
         self.backlog.clear();
         // As long as a record with the longest frame; a longer one means nothing in this dialect.
         let longest = FRONT.len() + ETHERNET_LEN + profile.mtu() as usize;

@@ -174,12 +174,15 @@ impl Endpoint {
     /// This endpoint, as a peer of itself.
     #[must_use]
     pub fn address(&self) -> Address {
-        self.shared.lock().peers.address(0)
+        if self.shared.is_ours() { self.shared.lock().peers.address(0) } else { Address::NONE }
     }
 
     /// The card, the endpoint and the session of an address.
     #[must_use]
     pub fn decompose(&self, address: Address) -> Option<(u64, u8, u32)> {
+        if !self.shared.is_ours() {
+            return None;
+        }
         let mut state = self.shared.lock();
         let peer = state.peers.find(address)?;
         Some((peer.nic, peer.endpoint, address.session))
@@ -235,6 +238,7 @@ impl Endpoint {
                 } else {
                     state.end(id.slot(), Status::BadKey, 0);
                 }
+                self.shared.after(&mut state);
                 return Ok(id);
             }
             Some(Path::Lane(lane)) => {
@@ -250,7 +254,7 @@ impl Endpoint {
             Ok(found) => {
                 let mut state = self.shared.lock();
                 if endpoint >= ENDPOINTS {
-                    return Ok(state.refuse_connect(request));
+                    return Ok(self.refuse_connect(state, request));
                 }
                 let id = state.requests.add(request);
                 drop(state);
@@ -269,7 +273,13 @@ impl Endpoint {
         if !self.has_card() {
             self.shared.attachment.find_nic(nic, "", &at_most(ANSWER))?;
         }
-        Ok(self.shared.lock().refuse_connect(request))
+        Ok(self.refuse_connect(self.shared.lock(), request))
+    }
+
+    fn refuse_connect(&self, mut state: std::sync::MutexGuard<'_, State>, request: Request) -> RequestId {
+        let id = state.refuse_connect(request);
+        self.shared.after(&mut state);
+        id
     }
 
     fn connect_wire(
@@ -347,7 +357,10 @@ impl Endpoint {
     /// [`Return::BadEndpoint`]: no such peer, or this endpoint itself.
     pub fn disconnect(&self, address: Address) -> Result<()> {
         self.check()?;
-        self.shared.lock().disconnect(address)
+        let mut state = self.shared.lock();
+        let done = state.disconnect(address);
+        self.shared.after(&mut state);
+        done
     }
 
     // ---- messages
@@ -487,7 +500,7 @@ impl Endpoint {
     /// Has it not been asked about yet, or not ended?
     #[must_use]
     pub fn is_live(&self, id: RequestId) -> bool {
-        self.shared.lock().requests.get(id).is_some()
+        self.shared.is_ours() && self.shared.lock().requests.get(id).is_some()
     }
 
     /// A descriptor that is readable when requests have ended since [`Endpoint::lower`]: for event loops.
@@ -571,7 +584,9 @@ impl Endpoint {
 
     /// Let everybody go who waits now.
     pub fn wake_up(&self) {
-        self.shared.wake_up();
+        if self.shared.is_ours() {
+            self.shared.wake_up();
+        }
     }
 
     /// Give the endpoint back. Requests that have not ended never will, and their memory is not touched any more. What was

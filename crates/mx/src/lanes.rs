@@ -23,6 +23,8 @@ use crate::state::{EAGER_MAX, Kept, State, Unexpected};
 const CHUNK: usize = 64 * 1024;
 /// Records that are taken from one lane before the next has its turn.
 const TURN: usize = 64;
+/// Records that wait for room in a lane: a peer that asks for so many without reading one is none.
+const RECORDS_MAX: usize = 1 << 16;
 /// Welcomes that wait for room in a lane: a peer that asks again and again without listening is none.
 const WELCOMES_MAX: usize = 256;
 
@@ -68,6 +70,8 @@ pub(crate) struct Lane {
     /// The next message waits for memory: there is nothing to look for.
     pub is_stuck: bool,
     out: VecDeque<Out>,
+    /// Of these, those that are no messages of the program's.
+    records: usize,
     streams: VecDeque<Stream>,
 }
 
@@ -79,6 +83,7 @@ impl Lane {
             asked: VecDeque::new(),
             is_stuck: false,
             out: VecDeque::new(),
+            records: 0,
             streams: VecDeque::new(),
         }
     }
@@ -122,6 +127,7 @@ impl State {
         let Some(to) = self.lane(lane) else { return };
         if !to.out.is_empty() || !to.write(&record) {
             to.out.push_back(Out::Record(record));
+            to.records += 1;
             self.pending = true;
         }
     }
@@ -193,11 +199,11 @@ impl State {
                 Out::Record(record) => self.lane(lane).is_none_or(|lane| lane.write(record)),
                 Out::Send { slot, announced } => self.try_send(lane, *slot, *announced),
             };
-            if !done {
-                if let Some(lane) = self.lane(lane) {
-                    lane.out.push_front(next);
+            if let Some(lane) = self.lane(lane) {
+                if !done {
+                    return lane.out.push_front(next);
                 }
-                return;
+                lane.records -= usize::from(matches!(next, Out::Record(_)));
             }
         }
         self.flush_streams(lane);
@@ -232,6 +238,10 @@ impl State {
     pub fn poll_lane(&mut self, lane: u32) -> bool {
         let Some(from) = self.lane(lane) else { return false };
         from.is_stuck = false;
+        if from.records > RECORDS_MAX {
+            self.lane_is_over(lane);
+            return true;
+        }
         let connection = Arc::clone(&from.connection);
         for n in 0..TURN {
             let mut front = match connection.front_message() {

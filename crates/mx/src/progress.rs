@@ -80,7 +80,7 @@ pub(crate) struct Shared {
     /// Is there something in the inbox, or at the listener?
     unread: AtomicBool,
     listener: Arc<Listener>,
-    set: Set,
+    set: Arc<Set>,
     news: Flag,
     /// Raised when requests end, once until it is lowered; only after somebody has asked for that.
     pub ended: Flag,
@@ -128,7 +128,8 @@ impl Shared {
         if guest {
             state.spin = Spin::new(GUEST);
         }
-        let set = Set::new().map_err(Error::os("opening an endpoint"))?;
+        let set = Arc::new(Set::new().map_err(Error::os("opening an endpoint"))?);
+        state.bells = Some(Arc::clone(&set));
         let news = Flag::new().map_err(Error::os("opening an endpoint"))?;
         set.add(news.as_fd(), TOKEN_NEWS).map_err(Error::os("opening an endpoint"))?;
         // SAFETY: the listener is kept, and with it the descriptor.

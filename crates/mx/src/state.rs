@@ -1,6 +1,7 @@
 //! What an endpoint is, under its lock: requests, matching, peers.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use isthmus_engine::Connection;
@@ -8,6 +9,7 @@ use isthmus_proto::mx::Status;
 use isthmus_proto::mx::matching::{Matching, Pattern, Posted};
 use isthmus_proto::mx::wire::{Large, PeerId, Timing};
 use isthmus_proto::spin::{LOCAL, Spin};
+use isthmus_sys::poll::Set;
 use isthmus_wire::mxoe::Profile;
 
 use crate::buffer::Parts;
@@ -80,6 +82,8 @@ pub(crate) struct State {
     /// Messages that come in parts and were asked for meanwhile: by whom.
     pub promised: HashMap<u32, u32>,
     pub peers: Peers,
+    /// What the bells of lanes are in.
+    pub bells: Option<Arc<Set>>,
     pub lanes: Vec<Option<Lane>>,
     /// Long messages that are being taken from where they lie.
     pub placing: Placing,
@@ -131,6 +135,7 @@ impl State {
             unseen: unseen::Unseen::default(),
             promised: HashMap::new(),
             peers: Peers::default(),
+            bells: None,
             lanes: Vec::new(),
             placing: Placing::default(),
             pending: false,
@@ -498,6 +503,7 @@ impl State {
     /// stays.
     pub fn end_lane(&mut self, lane: u32, status: Status) {
         let Some(mut gone) = self.lanes.get_mut(lane as usize).and_then(Option::take) else { return };
+        self.hear_no_more(&gone.connection);
         gone.connection.close();
         self.peers.end_lane(lane);
         self.placing.end_lane(lane);
@@ -522,6 +528,13 @@ impl State {
             .collect();
         for slot in hit {
             self.end(slot, status, 0);
+        }
+    }
+
+    /// Closing it is not enough: a fork of this process has its bell too.
+    pub fn hear_no_more(&self, connection: &Connection) {
+        if let Some(bells) = &self.bells {
+            let _ = bells.remove(connection.bell().as_fd());
         }
     }
 

@@ -42,6 +42,8 @@ pub(crate) struct Unseen {
     queue: VecDeque<u32>,
     handler: Option<Handler>,
     handling: Option<ThreadId>,
+    /// What it is shown.
+    shown: Option<u32>,
     paused: bool,
 }
 
@@ -82,8 +84,9 @@ impl State {
     pub(super) fn forget_unseen(&mut self, is_meant: impl Fn(&Unexpected) -> bool) -> Vec<u32> {
         let unexpected = &self.unexpected;
         let is_its = |n: &u32| unexpected.get(n).is_some_and(&is_meant);
-        let gone: Vec<u32> = self.unseen.queue.iter().copied().filter(is_its).collect();
-        self.unseen.queue.retain(|n| !gone.contains(n));
+        let mut gone: Vec<u32> = self.unseen.queue.iter().copied().filter(&is_its).collect();
+        self.unseen.queue.retain(|n| !is_its(n));
+        gone.extend(self.unseen.shown.filter(is_its));
         gone
     }
 
@@ -105,6 +108,7 @@ impl State {
             match self.unseen.handler.clone() {
                 Some(handler) if !self.matching.awaits(message.matching) => {
                     self.unseen.handling = Some(thread::current().id());
+                    self.unseen.shown = Some(number);
                     return self.showing(handler, number);
                 }
                 _ => self.settle(number),
@@ -133,7 +137,7 @@ impl State {
 
     /// The handler has seen it.
     fn seen(&mut self, showing: Showing, verdict: Verdict) {
-        self.unseen.handling = None;
+        (self.unseen.handling, self.unseen.shown) = (None, None);
         let Showing { number, data, .. } = showing;
         let was_shown = data.is_some();
         // Its sender may be another one by now, and the message void.
