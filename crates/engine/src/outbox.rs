@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use isthmus_sys::packet;
 
 /// Packets that may wait for somebody who does not read.
-pub const OUTBOX_MAX: usize = 4096;
+pub const OUTBOX_MAX: usize = 1024;
 
 /// What waits for room in one socket, in order.
 #[derive(Default)]

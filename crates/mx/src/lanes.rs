@@ -23,6 +23,8 @@ use crate::state::{EAGER_MAX, Kept, State, Unexpected};
 const CHUNK: usize = 64 * 1024;
 /// Records that are taken from one lane before the next has its turn.
 const TURN: usize = 64;
+/// Chunks of long messages that go into one lane before anything else is looked at: about a megabyte.
+const CHUNKS: usize = (1 << 20) / CHUNK;
 /// Records that wait for room in a lane: a peer that asks for so many without reading one is none.
 const RECORDS_MAX: usize = 1 << 16;
 /// Welcomes that wait for room in a lane: a peer that asks again and again without listening is none.
@@ -209,9 +211,10 @@ impl State {
         self.flush_streams(lane);
     }
 
-    /// Long messages take turns, a chunk each.
+    /// Long messages take turns, a chunk each. A peer that takes them as fast as they come has so many at a time, and then
+    /// is heard, as others are.
     fn flush_streams(&mut self, lane: u32) {
-        loop {
+        for _ in 0..CHUNKS {
             let Some(to) = self.lanes.get_mut(lane as usize).and_then(Option::as_mut) else { return };
             let Some(mut stream) = to.streams.pop_front() else { return };
             let Some(request) = self.requests.at(stream.slot) else { continue };
